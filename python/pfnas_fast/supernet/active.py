@@ -17,8 +17,8 @@ from pfnas_fast.supernet.sorting import reorganize_middle_weights
 class ActiveSubnetMixin(nn.Module):
     """Base of a supernet whose forward takes a path or runs the active one, which starts as the largest.
 
-    The active path is plain state of the object: it is not part of the state dict. A subclass calls `__init__` with its
-    space and owns a `backbone`.
+    The active path is plain state of the object: it is not part of the state dict. A subclass calls
+    `__init__` with its space and owns a `backbone`.
 
     Args:
         space: The search space.
@@ -56,8 +56,8 @@ class ActiveSubnetMixin(nn.Module):
         """Choose the active path.
 
         Args:
-            ks: Kernel size of every block, or one per block of the space. None keeps the active path's; blocks that it
-                skips take their largest. The same holds for the other arguments.
+            ks: Kernel size of every block, or one per block of the space. None keeps the active path's;
+                blocks that it skips take their largest. The same holds for the other arguments.
             e: Expand ratio of every block, or one per block.
             d: Depth of every stage, or one per stage.
             resolution: Longest side of the input, px.
@@ -94,10 +94,11 @@ class ActiveSubnetMixin(nn.Module):
         return self._active_path
 
     def sample_active_subnet(self, rng: np.random.Generator | None = None) -> Path:
-        """Draw the active path as Once-for-All does: depths uniformly, then each active gene, then the resolution.
+        """Draw the active path as Once-for-All does: depths, active genes and resolution uniformly.
 
         Args:
-            rng: Source of randomness. None seeds one from torch's default generator, so `torch.manual_seed` governs.
+            rng: Source of randomness. None seeds one from torch's default generator, so `torch.manual_seed`
+                governs.
 
         Returns:
             The new active path. (Once-for-All returns a dict; ``path.to_json()`` is one.)

@@ -90,8 +90,8 @@ class Backbone(nn.Module):
         >>> from pfnas_fast.space import load_space
         >>> space = load_space("tiny")
         >>> backbone = Backbone(space)
-        >>> [f.shape[1] for f in backbone(torch.zeros(2, 3, 96, 128), space.max_path())] == list(space.tap_channels)
-        True
+        >>> [tuple(f.shape) for f in backbone(torch.zeros(2, 3, 96, 128), space.max_path())]
+        [(2, 24, 12, 16), (2, 40, 6, 8), (2, 64, 3, 4)]
     """
 
     def __init__(self, space: Space, *, backend: str = "reference") -> None:
@@ -123,7 +123,7 @@ class Backbone(nn.Module):
         """
         if len(path.depths) != len(self.stage_blocks) or len(path.kernel_sizes) != len(self.blocks):
             raise InputError(
-                f"Backbone: expected a path of {len(self.stage_blocks)} stages and {len(self.blocks)} blocks for path, "
+                f"Backbone: expected {len(self.stage_blocks)} stages and {len(self.blocks)} blocks for path, "
                 f"got {len(path.depths)} and {len(path.kernel_sizes)}"
             )
         x = self.stem(x.contiguous(memory_format=torch.channels_last))

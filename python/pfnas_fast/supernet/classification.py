@@ -91,10 +91,12 @@ class ClassificationSupernet(ActiveSubnetMixin):
 
         Args:
             preserve_weight: Copy the weights; otherwise the subnet is freshly initialised.
-            statistics: Of the active path, from `recalibrate(self, path, ...)`; None takes the running buffers.
+            statistics: Of the active path, from `recalibrate(self, path, ...)`; None takes the running
+                buffers.
 
         Returns:
-            A subnet in this net's mode, on its device, that shares no memory with it and computes the same output.
+            A subnet in this net's mode, on its device, that shares no memory with it and computes the same
+            output.
         """
         subnet = ClassificationSubnet(self.space, self.active_path, num_classes=self.num_classes)
         if preserve_weight:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Subnets as plain modules: ordinary convolutions and batch normalisations, no dependence on the supernet.
 
-A plain module uses the supernet's module names, so copying weights goes by name and statistics keep theirs. It is
-described by (space, path) alone, so a file with those two and a state dict rebuilds it.
+A plain module uses the supernet's module names, so copying weights goes by name and statistics keep theirs.
+It is described by (space, path) alone, so a file with those two and a state dict rebuilds it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pfnas_fast.supernet.recalibration import BNStatistics
 
 
 class PlainConvBN(nn.Module):
-    """Convolution without bias, batch normalisation, optional activation (``"relu"``, ``"hswish"`` or None)."""
+    """Convolution without bias, batch normalisation, activation (``"relu"``, ``"hswish"`` or None)."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class PlainBackbone(nn.Module):
         self.taps = taps
 
     def forward(self, x: Tensor) -> list[Tensor] | Tensor:
-        """Normalised images [N, 3, H, W] -> list of tapped features, or the last one, as the supernet's backbone."""
+        """Normalised images [N, 3, H, W] -> list of tapped features, or the last stage's output."""
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         if self.first_block is not None:
             x = self.first_block(x)
@@ -194,8 +194,8 @@ class ClassificationSubnet(nn.Module):
 def copy_active_weights(source: nn.Module, target: nn.Module, statistics: BNStatistics | None = None) -> None:
     """Copy what a plain `target` needs out of the dynamic `source`, module by module, by name.
 
-    Dynamic layers give the slice, or the transformed kernel, that fits the target's shape; other modules give their
-    parameters and buffers as they are.
+    Dynamic layers give the slice, or the transformed kernel, that fits the target's shape; other modules give
+    their parameters and buffers as they are.
 
     Args:
         source: A supernet or a part of it.
@@ -239,7 +239,8 @@ def _copy_norm(name: str, twin: nn.Module, module: nn.BatchNorm2d, statistics: B
         mean, var = statistics.layers[name]
     else:
         raise InputError(
-            f"copy_active_weights: expected statistics of {channels} channels for {name}, got those of another path"
+            f"copy_active_weights: expected statistics of {channels} channels for {name}, "
+            "got those of another path"
         )
     for target, values in (
         (module.weight, weight),

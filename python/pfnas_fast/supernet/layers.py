@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers whose width and kernel size are chosen at run time (Once-for-All, arXiv:1908.09791, section 3).
 
-Every layer owns the parameters of its largest form and runs on a prefix of them: the first rows of a pointwise
-convolution, the first channels of a depthwise one, of batch normalisation and of squeeze-and-excitation. The slices
-are views; autograd gives the full parameter a gradient that is zero outside the slice.
+Every layer owns the parameters of its largest form and runs on a prefix of them: the first rows of a
+pointwise convolution, the first channels of a depthwise one, of batch normalisation and of
+squeeze-and-excitation. The slices are views; autograd gives the full parameter a gradient that is zero
+outside the slice.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ def check_backend(backend: str, function: str) -> str:
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """Apply ``"relu"`` or ``"hswish"`` to `x`, which the caller gives up: it is overwritten where autograd allows.
+    """Apply ``"relu"`` or ``"hswish"`` to `x`, overwriting it where autograd allows.
 
     Args:
-        x: Any shape. Must be a fresh tensor that nothing else reads, such as the output of batch normalisation.
+        x: Any shape. Must be a fresh tensor that nothing else reads, such as the output of batch
+            normalisation.
         activation: ``"relu"`` or ``"hswish"``.
 
     Returns:
@@ -95,9 +97,9 @@ class DynamicPointwiseConv2d(nn.Module):
 class DynamicDepthwiseConv2d(nn.Module):
     """Depthwise convolution whose channel count and kernel size are chosen at run time.
 
-    The bank keeps the largest kernel. A smaller one is the centre of the next larger one times a matrix that all
-    channels share, `7to5_matrix` [25, 25] and `5to3_matrix` [9, 9], chained: 3x3 = M53 vec(centre(5x5)) and
-    5x5 = M75 vec(centre(7x7)). The matrices start as identities.
+    The bank keeps the largest kernel. A smaller one is the centre of the next larger one times a matrix that
+    all channels share, `7to5_matrix` [25, 25] and `5to3_matrix` [9, 9], chained: 3x3 = M53 vec(centre(5x5))
+    and 5x5 = M75 vec(centre(7x7)). The matrices start as identities.
 
     Args:
         max_channels: Largest number of channels.
@@ -140,7 +142,8 @@ class DynamicDepthwiseConv2d(nn.Module):
         """
         if kernel_size not in self.kernel_sizes:
             raise InputError(
-                f"DynamicDepthwiseConv2d: expected one of {self.kernel_sizes} for kernel_size, got {kernel_size}"
+                f"DynamicDepthwiseConv2d: expected one of {self.kernel_sizes} for kernel_size, "
+                f"got {kernel_size}"
             )
         weight = self.weight
         if channels != weight.shape[0]:
@@ -149,7 +152,7 @@ class DynamicDepthwiseConv2d(nn.Module):
             if size <= kernel_size:
                 break
             centre = weight[:, :, 1:-1, 1:-1].reshape(channels, -1)  # [C, (size - 2) ** 2]
-            weight = F.linear(centre, self._parameters[name]).view(channels, 1, size - 2, size - 2)
+            weight = F.linear(centre, getattr(self, name)).view(channels, 1, size - 2, size - 2)
         return weight
 
     def forward(self, x: Tensor, kernel_size: int) -> Tensor:
@@ -174,7 +177,7 @@ class DynamicDepthwiseConv2d(nn.Module):
 
 
 def _load_depthwise_op(kernel_sizes: tuple[int, ...]) -> Callable[..., Tensor]:
-    """The compiled op; imported here so that the reference backend works without it and a missing build is loud."""
+    """The compiled op, imported at construction: the reference needs none, and a missing build is loud."""
     if not set(kernel_sizes) <= {3, 5, 7}:
         raise InputError(
             "DynamicDepthwiseConv2d: expected sizes out of 3, 5, 7 for kernel_sizes with backend='fast', "
@@ -188,9 +191,10 @@ def _load_depthwise_op(kernel_sizes: tuple[int, ...]) -> Callable[..., Tensor]:
 class DynamicBatchNorm2d(nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` of the largest width that runs on the first channels.
 
-    Training uses the statistics of the batch and moves the running statistics of the active channels; evaluation uses
-    the running ones. `statistics` replaces the running ones (see `pfnas_fast.supernet.use_statistics`: a path needs its
-    own), and `collector` takes over the layer while `recalibrate` measures them. Both are None except inside those.
+    Training uses the statistics of the batch and moves the running statistics of the active channels;
+    evaluation uses the running ones. `statistics` replaces the running ones (see
+    `pfnas_fast.supernet.use_statistics`: a path needs its own), and `collector` takes over the layer while
+    `recalibrate` measures them. Both are None except inside those.
     """
 
     statistics: tuple[Tensor, Tensor] | None
@@ -209,7 +213,7 @@ class DynamicBatchNorm2d(nn.BatchNorm2d):
         return weight, bias
 
     def active_running(self, channels: int) -> tuple[Tensor, Tensor]:
-        """Mean and variance for evaluation, [channels] each: `statistics` where set, else views of the buffers.
+        """Mean and variance to normalise with, [channels] each: `statistics` where set, else the buffers.
 
         Raises:
             InputError: `statistics` are set and belong to another width or do not cover this layer.
@@ -218,8 +222,8 @@ class DynamicBatchNorm2d(nn.BatchNorm2d):
             mean, var = self.statistics
             if mean.shape[0] != channels:
                 raise InputError(
-                    f"DynamicBatchNorm2d: expected statistics of {channels} channels (recalibrated for the path that "
-                    f"runs), got {mean.shape[0]} channels"
+                    f"DynamicBatchNorm2d: expected statistics of {channels} channels (recalibrated for the "
+                    f"path that runs), got {mean.shape[0]} channels"
                 )
             return mean, var
         mean, var = self.running_mean, self.running_var
@@ -255,7 +259,8 @@ class DynamicSE(nn.Module):
     Args:
         max_channels: Largest number of channels.
 
-    Source: Squeeze-and-Excitation Networks, arXiv:1709.01507; hard sigmoid as in MobileNetV3, arXiv:1905.02244.
+    Source: Squeeze-and-Excitation Networks, arXiv:1709.01507; hard sigmoid as in MobileNetV3,
+        arXiv:1905.02244.
     """
 
     def __init__(self, max_channels: int) -> None:
@@ -281,8 +286,8 @@ class DynamicSE(nn.Module):
 class DynamicMBConv(nn.Module):
     """Inverted residual block with run-time kernel size and expand ratio.
 
-    expand 1x1 - BN - act - depthwise - BN - act - [SE] - project 1x1 - BN [+ input]. In OFA's order the excitation
-    follows the activation.
+    expand 1x1 - BN - act - depthwise - BN - act - [SE] - project 1x1 - BN [+ input]. In OFA's order the
+    excitation follows the activation.
 
     Args:
         block: What the space says about this block.

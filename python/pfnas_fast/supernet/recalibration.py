@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics of batch normalisation per path.
 
-The layers of a supernet are shared by all paths, their statistics are not: a path evaluated with the running buffers
-sees means and variances of a mixture of paths. So the statistics of a path are measured before it is evaluated
-(`recalibrate`), kept apart from the model (`BNStatistics`), and lent to it for the evaluation (`use_statistics`). The
-shared buffers are never touched, except by `set_running_statistics`, which exists for users of Once-for-All.
+The layers of a supernet are shared by all paths, their statistics are not: a path evaluated with the running
+buffers sees means and variances of a mixture of paths. So the statistics of a path are measured before it is
+evaluated (`recalibrate`), kept apart from the model (`BNStatistics`), and lent to it for the evaluation
+(`use_statistics`). The shared buffers are never touched, except by `set_running_statistics`, which exists for
+users of Once-for-All.
 
-Source: Once-for-All, arXiv:1908.09791, section 3.2; the rule for a pooled variance is ours: OFA averages the variances
-of the batches, which leaves out the variance of their means.
+Source: Once-for-All (arXiv:1908.09791), whose code averages the variances of the batches; the pooled variance
+here also holds the variance of their means.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from pfnas_fast.supernet.layers import DynamicBatchNorm2d
 
 @dataclass(frozen=True)
 class BNStatistics:
-    """Mean and variance of every batch normalisation that one path uses, valid for one version of the weights.
+    """Mean and variance of every batch normalisation that one path uses, for one version of the weights.
 
     Attributes:
-        layers: Module name in the model -> (mean, variance), float32 [active channels] each, on the CPU or a device.
+        layers: Module name in the model -> (mean, variance), float32 [active channels] each, on the CPU or a
+            device.
     """
 
     layers: Mapping[str, tuple[Tensor, Tensor]]
@@ -113,7 +115,7 @@ class _Collector:
                 f"recalibrate: expected batches with more than one value per channel for batches, got input "
                 f"{tuple(x.shape)} at {self.name}"
             )
-        # With momentum 1 the native kernel hands over the batch's mean and unbiased variance at no extra pass.
+        # With momentum 1 the native kernel hands over mean and unbiased variance at no extra pass.
         mean, var = x.new_zeros(channels), x.new_zeros(channels)
         weight, bias = layer.active_affine(channels)
         y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, layer.eps)
@@ -149,8 +151,9 @@ def recalibrate(
 ) -> BNStatistics:
     """Measure the statistics of every batch normalisation that `path` uses.
 
-    Each layer normalises with the statistics of the current batch while the mean and the variance over all batches are
-    pooled in float64 (as if the batches were one). Weights, running buffers and the model's mode stay as they are.
+    Each layer normalises with the statistics of the current batch while the mean and the variance over all
+    batches are pooled in float64 (as if the batches were one). Weights, running buffers and the model's mode
+    stay as they are.
 
     Args:
         model: Any module with `DynamicBatchNorm2d` layers, called as ``model(images, path)``.
@@ -198,9 +201,9 @@ def recalibrate(
 def use_statistics(model: nn.Module, statistics: BNStatistics) -> Iterator[None]:
     """Evaluate `model` with `statistics` in place of its running buffers.
 
-    Inside, the model is in evaluation mode; afterwards, also after an exception, every module has its own mode and
-    statistics back. Contexts nest. A layer that runs without an entry raises instead of falling back to the shared
-    buffers. The state lives on the model, so two threads must not use one model so.
+    Inside, the model is in evaluation mode; afterwards, also after an exception, every module has its own
+    mode and statistics back. Contexts nest. A layer that runs without an entry raises instead of falling back
+    to the shared buffers. The state lives on the model, so two threads must not use one model so.
 
     Args:
         model: The module that `recalibrate` was called with.
@@ -213,7 +216,7 @@ def use_statistics(model: nn.Module, statistics: BNStatistics) -> Iterator[None]
     unknown = [name for name in statistics.layers if name not in norms]
     if unknown:
         raise InputError(
-            f"use_statistics: expected statistics of this model for statistics, got the unknown layer {unknown[0]!r}"
+            f"use_statistics: expected statistics of this model for statistics, got the layer {unknown[0]!r}"
         )
     previous = {name: norm.statistics for name, norm in norms.items()}
     nothing = torch.empty(0)
@@ -229,10 +232,10 @@ def use_statistics(model: nn.Module, statistics: BNStatistics) -> Iterator[None]
 
 
 def set_running_statistics(model: nn.Module, loader: Iterable[Any]) -> BNStatistics:
-    """Write the statistics of the active path into the running buffers, as Once-for-All's function of this name does.
+    """Write the statistics of the active path into the running buffers, as Once-for-All does.
 
-    The buffers are shared by all paths: call it again after choosing another path, or use `recalibrate`, which leaves
-    them alone. The variance is the pooled one.
+    The buffers are shared by all paths: call it again after choosing another path, or use `recalibrate`,
+    which leaves them alone. The variance is the pooled one.
 
     Args:
         model: A supernet with an active path.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Channel sorting: put the important middle channels of every block first, before narrower widths are trained."""
+"""Channel sorting: the important middle channels of every block come first, for the narrower widths."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ from pfnas_fast.supernet.layers import DynamicBatchNorm2d, DynamicMBConv, Dynami
 def reorganize_middle_weights(backbone: Backbone, *, expand_ratio_stage: int = 0) -> None:
     """Permute the middle channels of every block, the most important first, without changing the largest net.
 
-    The importance of a channel is the L1 norm of the projection's weights that read it. One permutation goes through
-    the projection, the depthwise bank and its normalisation (running statistics included), the expansion and its
-    normalisation, and the excitation, whose hidden channels are sorted likewise. Nets at least as wide as width number
-    `expand_ratio_stage` keep their function; narrower ones now get the best channels.
+    The importance of a channel is the L1 norm of the projection's weights that read it. One permutation goes
+    through the projection, the depthwise bank and its normalisation (running statistics included), the
+    expansion and its normalisation, and the excitation, whose hidden channels are sorted likewise. Nets at
+    least as wide as width number `expand_ratio_stage` keep their function; narrower ones now get the best
+    channels.
 
-    Parameters change in place: momenta that an optimiser holds and statistics recalibrated before belong to the old
-    order.
+    Parameters change in place: momenta that an optimiser holds and statistics recalibrated before belong to
+    the old order.
 
     Args:
         backbone: The backbone to sort.
-        expand_ratio_stage: Which width, from 0 for the largest, keeps its function: only the channels that it has are
-            sorted. Call with 0 before the second largest width is trained, with 1 before the third.
+        expand_ratio_stage: Which width, from 0 for the largest, keeps its function: only the channels that it
+            has are sorted. Call with 0 before the second largest width is trained, with 1 before the third.
 
     Raises:
         InputError: no block has so many widths.
 
-    Source: Once-for-All, arXiv:1908.09791, section 3.3 (elastic width). Unlike OFA's code, a later phase leaves the
-    channels beyond the kept width alone in the excitation's hidden layer too, so the middle nets survive there as well.
+    Source: Once-for-All, arXiv:1908.09791, section 3.3 (elastic width). OFA's code sorts all hidden channels
+    of the excitation in every phase, which changes the middle nets; here a later phase leaves those beyond the
+    kept width alone.
     """
     num_widths = max(len(block.expand_ratios) for block in backbone.space.blocks)
     if not 0 <= expand_ratio_stage < num_widths:
         raise InputError(
-            f"re_organize_middle_weights: expected 0 <= expand_ratio_stage < {num_widths} (the number of widths), "
+            f"re_organize_middle_weights: expected 0 to {num_widths - 1} for expand_ratio_stage, "
             f"got {expand_ratio_stage}"
         )
     for block in backbone.blocks:
@@ -74,7 +76,7 @@ def _sort_excitation(se: DynamicSE, order: Tensor, num_sorted: int) -> None:
 
 
 def _descending_prefix(importance: Tensor, num_sorted: int) -> Tensor:
-    """Indices that sort the first `num_sorted` entries in descending order and leave the others where they are."""
+    """Indices that sort the first `num_sorted` entries in descending order and leave the others alone."""
     order = torch.arange(importance.numel(), device=importance.device)
     order[:num_sorted] = importance[:num_sorted].argsort(descending=True, stable=True)
     return order
