@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The path filter, its thresholds, and the samplers that use it."""
+
+from pfnas_fast.filter.path_filter import PathFilter
+from pfnas_fast.filter.samplers import Balanced, BestUp, Filtered, RandomPrune, Sampler, Uniform
+from pfnas_fast.filter.thresholds import BudgetThresholds
+from pfnas_fast.filter.training import RankerConfig
+
+__all__ = [
+    "Balanced",
+    "BestUp",
+    "BudgetThresholds",
+    "Filtered",
+    "PathFilter",
+    "RandomPrune",
+    "RankerConfig",
+    "Sampler",
+    "Uniform",
+]

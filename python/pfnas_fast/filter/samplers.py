@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the free paths of a training step come from.
+
+A sampler is bound to a cost model once; after that `sample(rng, n)` depends on the generator and the bound
+state alone, never on earlier calls, so a resumed training draws the same paths.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from pfnas_fast.errors import InputError
+from pfnas_fast.filter.thresholds import BudgetThresholds, PathScorer
+
+__all__ = ["Balanced", "BestUp", "Filtered", "RandomPrune", "Sampler", "Uniform"]
+
+_STEP_STREAM = 0x5A3
+_MAX_ROUNDS = 64  # of draws until every slot is filled; a space that accepts 1 in 100 still needs only two
+
+
+class Sampler(Protocol):
+    """Draws paths for training."""
+
+    def bind(self, cost: Any) -> Sampler:
+        """Prepare for one cost model; returns a sampler that can draw."""
+        ...
+
+    def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """Draw a uint8 population [n, num_slots]."""
+        ...
+
+    def population_for_step(self, seed: int, step: int, n: int) -> np.ndarray:
+        """The paths of one training step, a function of (seed, step) alone."""
+        ...
+
+
+Self = TypeVar("Self", bound="_Base")
+
+
+class _Base:
+    """What all samplers share: the binding and the per-step stream."""
+
+    def __init__(self, space: Any) -> None:
+        self.space = space
+        self.cost: Any = None
+        self._budgets: Any = None
+
+    def bind(self: Self, cost: Any) -> Self:
+        """Prepare for one cost model.
+
+        Args:
+            cost: `CostModel` of the same space.
+
+        Returns:
+            self.
+
+        Raises:
+            InputError: the cost model is of another space.
+        """
+        if cost.space != self.space:
+            raise InputError(
+                f"{type(self).__name__}.bind: expected a cost model of space {self.space.name!r}, got {cost.space.name!r}"
+            )
+        if self.cost is not cost:
+            self.cost = cost
+            self._prepare()
+        return self
+
+    def _prepare(self) -> None:
+        from pfnas_fast.space import BudgetSampler
+
+        self._budgets = BudgetSampler(self.cost)
+
+    def _require_bound(self) -> None:
+        if self.cost is None:
+            raise InputError(
+                f"{type(self).__name__}.sample: expected a sampler bound to a cost model, call bind(cost)"
+            )
+
+    def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """Draw paths.
+
+        Args:
+            rng: The only source of randomness.
+            n: Number of paths.
+
+        Returns:
+            uint8 [n, num_slots].
+        """
+        raise NotImplementedError
+
+    def population_for_step(self, seed: int, step: int, n: int) -> np.ndarray:
+        """The paths of one training step, a function of (seed, step) alone.
+
+        Args:
+            seed: Of the run.
+            step: Training step, >= 0.
+            n: Number of paths.
+
+        Returns:
+            uint8 [n, num_slots].
+        """
+        return self.sample(np.random.default_rng([seed, _STEP_STREAM, step]), n)
+
+
+class Uniform(_Base):
+    """Once-for-All's gene measure: depth uniform, then each active gene, then the resolution."""
+
+    def _prepare(self) -> None:
+        pass
+
+    def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """See `Sampler`."""
+        from pfnas_fast.space import uniform_population
+
+        return uniform_population(self.space, rng, n)
+
+
+class Balanced(_Base):
+    """Budgets log-uniform, then the resolution uniform among the feasible ones, then a path of that budget."""
+
+    def __init__(self, space: Any, *, window: float = 0.02) -> None:
+        super().__init__(space)
+        self.window = window
+
+    def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """See `Sampler`."""
+        self._require_bound()
+        return self._budgets.sample_log_uniform(rng, n, window=self.window)
+
+
+class _Rejecting(Balanced):
+    """Balanced draws of which only accepted paths count."""
+
+    def _accept(self, population: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def _expected_acceptance(self) -> float:
+        raise NotImplementedError
+
+    def _explore(self, rng: np.random.Generator, n: int, epsilon: float) -> np.ndarray:
+        """n paths, each free of the filter with probability epsilon."""
+        self._require_bound()
+        if n == 0:
+            return np.zeros((0, self.space.num_slots), np.uint8)
+        free = rng.random(n) < epsilon
+        kept: list[np.ndarray] = [super().sample(rng, int(free.sum()))] if free.any() else []
+        missing = n - int(free.sum())
+        last = None
+        for _ in range(_MAX_ROUNDS):
+            if missing == 0:
+                break
+            # Enough draws that one round mostly suffices: mean + 3 standard deviations.
+            wanted = missing / self._expected_acceptance()
+            last = super().sample(rng, int(wanted + 3.0 * wanted**0.5) + 4)
+            chosen = last[self._accept(last)][:missing]
+            kept.append(chosen)
+            missing -= len(chosen)
+        if missing and last is not None:
+            kept.append(
+                last[:missing]
+            )  # nothing acceptable to be found: go on unfiltered rather than loop for ever
+        population = np.concatenate(kept)
+        order = np.empty(n, np.int64)
+        order[np.concatenate([np.flatnonzero(free), np.flatnonzero(~free)])] = np.arange(n)
+        return population[order]
+
+
+class Filtered(_Rejecting):
+    """Balanced draws that the path filter accepts: f >= t(budget); a share epsilon explores without the filter.
+
+    Args:
+        space: The space.
+        flt: A fitted filter.
+        keep: Share of the paths kept at every budget.
+        epsilon: Probability that a drawn path skips the filter.
+        decay_steps: With `population_for_step`: epsilon falls linearly to zero at this step; None = constant.
+        num_bins: Budget bins of the thresholds.
+        per_bin: Paths drawn per bin for the thresholds.
+        window: Relative width of the MACs window around a drawn budget.
+
+    Raises:
+        InputError: epsilon outside [0, 1] or keep outside (0, 1].
+    """
+
+    def __init__(
+        self,
+        space: Any,
+        flt: PathScorer,
+        *,
+        keep: float = 0.3,
+        epsilon: float = 0.1,
+        decay_steps: int | None = None,
+        num_bins: int = 8,
+        per_bin: int = 10_000,
+        window: float = 0.02,
+    ) -> None:
+        super().__init__(space, window=window)
+        if not 0.0 <= epsilon <= 1.0:
+            raise InputError(f"Filtered: expected 0 <= epsilon <= 1, got {epsilon}")
+        if not 0.0 < keep <= 1.0:
+            raise InputError(f"Filtered: expected 0 < keep <= 1, got {keep}")
+        self.flt = flt
+        self.keep = keep
+        self.epsilon = epsilon
+        self.decay_steps = decay_steps
+        self.num_bins = num_bins
+        self.per_bin = per_bin
+        self.thresholds: BudgetThresholds | None = None
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        base = Balanced(self.space, window=self.window)
+        base.cost, base._budgets = self.cost, self._budgets
+        self.thresholds = BudgetThresholds(
+            self.flt, self.cost, base, keep=self.keep, num_bins=self.num_bins, per_bin=self.per_bin
+        )
+
+    def refresh(self, flt: PathScorer) -> dict[str, float]:
+        """Go on with a re-fitted filter.
+
+        Args:
+            flt: The new filter.
+
+        Returns:
+            The drift, see `BudgetThresholds.drift` (on 4,000 balanced draws).
+        """
+        self._require_bound()
+        old = self.thresholds
+        self.flt = flt
+        self._prepare()
+        if old is None or self.thresholds is None:
+            raise RuntimeError("Filtered: bound without thresholds")
+        return old.drift(self.thresholds, Balanced.sample(self, np.random.default_rng([0, 0xD1]), 4000))
+
+    def _accept(self, population: np.ndarray) -> np.ndarray:
+        if self.thresholds is None:
+            raise RuntimeError("Filtered: bound without thresholds")
+        return self.thresholds.accept(population)
+
+    def _expected_acceptance(self) -> float:
+        return self.keep
+
+    def epsilon_at(self, step: int) -> float:
+        """Exploration at a step."""
+        if self.decay_steps is None:
+            return self.epsilon
+        return self.epsilon * max(0.0, 1.0 - step / max(self.decay_steps, 1))
+
+    def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """See `Sampler`; explores with `epsilon`."""
+        return self._explore(rng, n, self.epsilon)
+
+    def population_for_step(self, seed: int, step: int, n: int) -> np.ndarray:
+        """See `Sampler`; explores with `epsilon_at(step)`."""
+        return self._explore(np.random.default_rng([seed, _STEP_STREAM, step]), n, self.epsilon_at(step))
+
+
+class RandomPrune(_Rejecting):
+    """A baseline: a random subset of the space of the same size as the filter's.
+
+    A path belongs to it iff a hash of its genes falls below `keep`; every path keeps its verdict.
+
+    Args:
+        space: The space.
+        keep: Share of the paths that stay.
+        seed: Chooses the subset.
+        window: Relative width of the MACs window around a drawn budget.
+
+    Raises:
+        InputError: keep outside (0, 1].
+    """
+
+    def __init__(self, space: Any, keep: float = 0.3, seed: int = 0, *, window: float = 0.02) -> None:
+        super().__init__(space, window=window)
+        if not 0.0 < keep <= 1.0:
+            raise InputError(f"RandomPrune: expected 0 < keep <= 1, got {keep}")
+        self.keep = keep
+        self.seed = seed
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        rng = np.random.default_rng([self.seed, 0x9A])
+        self._keys = rng.integers(0, 2**64, (self.space.num_slots, 256), dtype=np.uint64)
+
+    def _accept(self, population: np.ndarray) -> np.ndarray:
+        # Zobrist hashing: the keys of a path's codes, xored; 53 bits make a uniform double.
+        keys = self._keys[np.arange(self.space.num_slots), population]
+        return (np.bitwise_xor.reduce(keys, axis=1) >> np.uint64(11)) * 2.0**-53 < self.keep
+
+    def _expected_acceptance(self) -> float:
+        return self.keep
+
+    def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """See `Sampler`."""
+        return self._explore(rng, n, 0.0)
+
+
+class BestUp(Balanced):
+    """The best of `num_candidates` paths at the drawn budget, by predicted score.
+
+    Args:
+        space: The space.
+        flt: A fitted filter.
+        num_candidates: Paths compared per drawn budget, >= 1.
+        window: Relative width of the MACs window around a drawn budget.
+
+    Raises:
+        InputError: num_candidates < 1.
+
+    Source:
+        AttentiveNAS (arXiv:2011.09011), sec. 3.2, BestUp-k.
+    """
+
+    def __init__(self, space: Any, flt: PathScorer, num_candidates: int = 3, *, window: float = 0.02) -> None:
+        super().__init__(space, window=window)
+        if num_candidates < 1:
+            raise InputError(f"BestUp: expected num_candidates >= 1, got {num_candidates}")
+        self.flt = flt
+        self.num_candidates = num_candidates
+
+    def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """See `Sampler`."""
+        self._require_bound()
+        population = super().sample(rng, n)
+        if n == 0 or self.num_candidates == 1:
+            return population
+        half = self.window / 2
+        for row, centre in enumerate(self.cost.macs_m(population)):
+            low, high = centre * (1 - half), centre * (1 + half)
+            rivals = self._budgets.sample_log_uniform(
+                rng, self.num_candidates - 1, low, high, window=self.window
+            )
+            rivals = np.concatenate([population[row : row + 1], rivals])
+            population[row] = rivals[np.argmax(self.flt.score(rivals, self.cost.macs_m(rivals)))]
+        return population

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Search per budget: exact samples at the budget, then Once-for-All's evolution, all on uint8 populations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pfnas_fast.errors import InputError
+from pfnas_fast.search.genes import GeneOperators, unique_rows
+
+__all__ = ["EvolutionConfig", "evolve", "search_candidates"]
+
+
+@dataclass(frozen=True)
+class EvolutionConfig:
+    """Once-for-All's evolution, after a first look at many exact samples.
+
+    Attributes:
+        num_initial: Samples at the budget, the best `population` of which start the evolution.
+        population: Paths per generation.
+        iterations: Generations.
+        parent_fraction: Best share that becomes parents and survives.
+        mutation_fraction: Share of the children that mutate; the others are crossed.
+        gene_probability: Of redrawing one gene in a mutation.
+        patience: Generations without a change among the best after which a budget is done; None = never.
+        slack: The search at budget B stays within [(1 - slack) B, B].
+    """
+
+    num_initial: int = 2000
+    population: int = 100
+    iterations: int = 100
+    parent_fraction: float = 0.25
+    mutation_fraction: float = 0.5
+    gene_probability: float = 0.1
+    patience: int | None = 25
+    slack: float = 0.15
+
+    def __post_init__(self) -> None:
+        for name in ("parent_fraction", "mutation_fraction", "gene_probability", "slack"):
+            value = getattr(self, name)
+            if not 0.0 < value <= 1.0:
+                raise InputError(f"EvolutionConfig: expected 0 < {name} <= 1, got {value}")
+        if self.population < 2 or self.num_initial < 2 or self.iterations < 0:
+            raise InputError(
+                "EvolutionConfig: expected population >= 2, num_initial >= 2 and iterations >= 0, got "
+                f"{self.population}, {self.num_initial}, {self.iterations}"
+            )
+
+
+class _Archive:
+    """The best distinct accepted paths seen so far."""
+
+    def __init__(self, size: int, num_slots: int) -> None:
+        self.size = size
+        self.population = np.zeros((0, num_slots), np.uint8)
+        self.scores = np.zeros(0)
+
+    def add(self, population: np.ndarray, scores: np.ndarray) -> bool:
+        """Merge; tells whether the archive changed."""
+        merged = np.concatenate([self.population, population])
+        values = np.concatenate([self.scores, scores])
+        keep = unique_rows(merged)
+        keep = keep[np.argsort(-values[keep], kind="stable")][: self.size]
+        changed = len(keep) != len(self.population) or bool((keep >= len(self.population)).any())
+        self.population, self.scores = merged[keep], values[keep]
+        return changed
+
+
+def _children(
+    rng: np.random.Generator,
+    operators: GeneOperators,
+    parents: np.ndarray,
+    count: int,
+    config: EvolutionConfig,
+) -> np.ndarray:
+    num_mutants = round(config.mutation_fraction * count)
+    mutants = operators.mutate(
+        rng, parents[rng.integers(0, len(parents), num_mutants)], config.gene_probability
+    )
+    mothers, fathers = rng.integers(0, len(parents), (2, count - num_mutants))
+    return np.concatenate([mutants, operators.cross(rng, parents[mothers], parents[fathers])])
+
+
+def evolve(
+    scorer: Any,
+    cost: Any,
+    initial: np.ndarray,
+    low_m: float,
+    high_m: float,
+    *,
+    rng: np.random.Generator,
+    top_k: int,
+    pruned: Any = None,
+    config: EvolutionConfig | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Search one MACs window.
+
+    Args:
+        scorer: Fitted filter: ``score(population, macs_m)``.
+        cost: `CostModel`.
+        initial: uint8 [n, num_slots], feasible paths to start from.
+        low_m: Window, millions of MACs.
+        high_m: Its upper bound, inclusive.
+        rng: Source of randomness.
+        top_k: Distinct paths wanted.
+        pruned: `BudgetThresholds`; only what it accepts is returned (if it accepts anything), and it breeds
+            first.
+        config: Sizes and rates.
+
+    Returns:
+        (uint8 [k, num_slots] distinct, best first, k <= top_k; their scores float64 [k]).
+
+    Source:
+        Once-for-All (arXiv:1908.09791), sec. 3.4 and its published search settings.
+    """
+    config = config or EvolutionConfig()
+    operators = GeneOperators(cost)
+    inside, outside = _Archive(top_k, initial.shape[1]), _Archive(top_k, initial.shape[1])
+    num_parents = max(2, round(config.parent_fraction * config.population))
+    current, macs_m, idle = initial, cost.macs_m(initial), 0
+    parents, parent_fitness = current[:0], np.zeros(0)
+    for generation in range(config.iterations + 1):
+        scores = np.asarray(scorer.score(current, macs_m), np.float64)
+        margin = scores - pruned.threshold(macs_m) if pruned is not None else np.zeros(len(scores))
+        accepted = margin >= 0
+        changed = inside.add(current[accepted], scores[accepted])
+        changed |= outside.add(current[~accepted], scores[~accepted])
+        # Rejected paths rank below all accepted ones, by how little they miss.
+        fitness = np.where(accepted, scores, -1e9 + margin)
+        pool, values = np.concatenate([parents, current]), np.concatenate([parent_fitness, fitness])
+        keep = unique_rows(pool)
+        keep = keep[np.argsort(-values[keep], kind="stable")][:num_parents]
+        parents, parent_fitness = pool[keep], values[keep]
+        idle = 0 if changed else idle + 1
+        if generation == config.iterations or (config.patience is not None and idle >= config.patience):
+            break
+        children = _children(rng, operators, parents, config.population, config)
+        current, macs_m = operators.repair(rng, children, low_m, high_m)
+        feasible = (macs_m >= low_m) & (macs_m <= high_m)
+        current, macs_m = current[feasible], macs_m[feasible]
+    best = inside if len(inside.population) else outside
+    return best.population, best.scores
+
+
+def search_candidates(
+    flt: Any,
+    cost: Any,
+    budgets_macs_m: Sequence[float],
+    *,
+    rng: np.random.Generator,
+    top_k: int = 8,
+    pruned: Any = None,
+    resolution: int | None = None,
+    config: EvolutionConfig | None = None,
+) -> dict[float, np.ndarray]:
+    """The most promising paths per budget, to be evaluated for real.
+
+    Args:
+        flt: Fitted filter.
+        cost: `CostModel`.
+        budgets_macs_m: Upper bounds on whole-detector MACs, millions.
+        rng: Source of randomness.
+        top_k: Candidates per budget.
+        pruned: `BudgetThresholds` of the pruned space, or None for the whole space.
+        resolution: Search at this longest side only, px.
+        config: Sizes and rates.
+
+    Returns:
+        Per budget a uint8 population [k, num_slots], k <= top_k, distinct, best predicted first, every path
+        within [(1 - slack) B, B] MACs (or the cheapest paths there are, where that window is empty).
+
+    Raises:
+        InputError: a budget outside the space (names the feasible range), or top_k < 1.
+
+    Example:
+        >>> import numpy as np
+        >>> from pfnas_fast.filter import PathFilter
+        >>> from pfnas_fast.space import CostModel, load_space, uniform_population
+        >>> space = load_space("tiny")
+        >>> cost = CostModel(space, num_classes=3)
+        >>> paths = uniform_population(space, np.random.default_rng(0), 64)
+        >>> macs_m = cost.macs_m(paths)
+        >>> flt = PathFilter(space, cost=cost, num_members=2).fit(paths, np.log(macs_m), macs_m)
+        >>> found = search_candidates(flt, cost, [12.0], rng=np.random.default_rng(0), top_k=3)
+        >>> bool((cost.macs_m(found[12.0]) <= 12.0).all())
+        True
+    """
+    from pfnas_fast.space import BudgetSampler
+
+    if top_k < 1:
+        raise InputError(f"search_candidates: expected top_k >= 1, got {top_k}")
+    config = config or EvolutionConfig()
+    for budget in budgets_macs_m:
+        cost.check_budget_m(budget)
+        low = cost.range_m(resolution)[0]
+        if budget < low:
+            raise InputError(
+                f"search_candidates: expected budgets_macs_m >= {low:.6g} at resolution {resolution}, got {budget:g}"
+            )
+    sampler = BudgetSampler(cost)
+    found: dict[float, np.ndarray] = {}
+    for budget in budgets_macs_m:
+        low = (1.0 - config.slack) * budget
+        smallest, largest = cost.range_m(resolution)
+        low = min(low, largest * (1.0 - config.slack))
+        if not sampler.feasible(low, budget):
+            low = smallest
+        initial = sampler.sample(rng, config.num_initial, low, budget, resolution)
+        population, _ = evolve(
+            flt, cost, initial, low, budget, rng=rng, top_k=top_k, pruned=pruned, config=config
+        )
+        found[budget] = population
+    return found
