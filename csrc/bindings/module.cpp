@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// The extension module pfnas_fast._C: one register_<op> per op, plus what the package asks about itself.
+#include <omp.h>
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <string>
+
+#include "bindings/ops.h"
+#include "common/check.h"
+#include "common/isa.h"
+
+#include <pybind11/stl.h>
+
+namespace py = pybind11;
+
+namespace pfnas {
+namespace {
+
+py::list compiled_isa_names() {
+  py::list names;
+  for (Isa isa : compiled_isas()) names.append(isa_name(isa));
+  return names;
+}
+
+py::list supported_isa_names() {
+  py::list names;
+  for (Isa isa : compiled_isas()) {
+    if (isa_supported(isa)) names.append(isa_name(isa));
+  }
+  return names;
+}
+
+void set_isa(const std::optional<std::string>& name) {
+  if (name) {
+    force_isa(*name);
+  } else {
+    unforce_isa();
+  }
+}
+
+void register_errors() {
+  // A caller's mistake becomes the package's own exception type, so `except pfnas_fast.errors.InputError`
+  // catches it.
+  py::register_exception_translator([](std::exception_ptr pending) {
+    try {
+      std::rethrow_exception(pending);
+    } catch (const InputError& error) {
+      const py::object type = py::module_::import("pfnas_fast.errors").attr("InputError");
+      PyErr_SetString(type.ptr(), error.what());
+    } catch (const TypeMismatch& error) {
+      PyErr_SetString(PyExc_TypeError, error.what());
+    }
+  });
+}
+
+}  // namespace
+}  // namespace pfnas
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of pfnas_fast. Use pfnas_fast.ops, not this module.";
+  pfnas::register_errors();
+  m.def("cpu_isa", [] { return std::string(pfnas::isa_name(pfnas::active_isa())); });
+  m.def("compiled_isas", &pfnas::compiled_isa_names);
+  m.def("supported_isas", &pfnas::supported_isa_names);
+  m.def("force_cpu_isa", &pfnas::set_isa, py::arg("tier").none(true));
+  m.def("num_threads", [] { return omp_get_max_threads(); });
+  m.attr("cuda_built") = false;
+  m.attr("compiler") = __VERSION__;
+  pfnas::register_dynamic_depthwise_conv(m);
+}

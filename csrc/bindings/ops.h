@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+// One line per op: the function that adds its entry points to pfnas_fast._C.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace pfnas {
+
+void register_dynamic_depthwise_conv(pybind11::module_& m);
+
+}  // namespace pfnas

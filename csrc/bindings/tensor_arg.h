@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+// Turns a Python tensor into a TensorView through the DLPack C exchange API (no copy, no reference taken).
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "common/tensor_view.h"
+
+namespace pfnas {
+
+// Throws TypeMismatch where `object` is no tensor with a DLPack C exchange API, or has more than kMaxDims
+// dimensions.
+TensorView view_tensor(pybind11::handle object, const char* op, const char* argument);
+
+}  // namespace pfnas

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// Reused working memory. Kernels never allocate per call: a fresh block costs a page fault per 4 KB.
+#pragma once
+
+#include <cstddef>
+
+namespace pfnas {
+
+enum class Scratch {
+  kThread = 0,
+  kCall = 1
+};  // a worker's own tile buffers; arrays that a whole call shares
+
+// A 64-byte aligned buffer of at least `count` floats, owned by the calling thread and kept until it ends.
+// The content is whatever the last user left. One buffer per purpose: asking again for the same purpose
+// reuses (and may move) it.
+float* thread_scratch(Scratch purpose, std::size_t count);
+
+// For tests: fill every buffer of the calling thread with NaN, so that a read of stale memory shows.
+void poison_thread_scratch();
+
+}  // namespace pfnas

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled ops, registered with torch as ``torch.ops.pfnas_fast.*``, and their pure-PyTorch twins in `reference`."""
+
+from pfnas_fast.ops import reference
+from pfnas_fast.ops.dynamic_depthwise_conv import dynamic_depthwise_conv
+
+__all__ = ["dynamic_depthwise_conv", "reference"]

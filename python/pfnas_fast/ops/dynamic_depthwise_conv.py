@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Depthwise convolution with a run-time channel count and kernel size (Once-for-All, arXiv:1908.09791, sec. 3).
+
+Call path: `dynamic_depthwise_conv` checks and lays out -> torch.ops.pfnas_fast.dynamic_depthwise_conv -> `_forward`
+allocates y -> _C fills Params, picks the kernel by sizes and CPU tier, runs it without the GIL. Autograd calls
+torch.ops.pfnas_fast.dynamic_depthwise_conv_backward, which computes every wanted gradient in one pass.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pfnas_fast.errors import InputError
+from pfnas_fast.ops._library import _C, LIBRARY
+
+__all__ = ["dynamic_depthwise_conv"]
+
+_ARGUMENTS = "Tensor x, Tensor weight, Tensor? matrix_5, Tensor? matrix_3, int kernel_size, int stride"
+_TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+LIBRARY.define(f"dynamic_depthwise_conv({_ARGUMENTS}) -> Tensor", tags=_TAGS)
+LIBRARY.define(
+    f"dynamic_depthwise_conv_backward(Tensor grad_y, {_ARGUMENTS}, bool need_x, bool need_filter)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_matrix_5, Tensor grad_matrix_3)",
+    tags=_TAGS,
+)
+
+
+def dynamic_depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    matrix_5: Tensor | None = None,
+    matrix_3: Tensor | None = None,
+    *,
+    kernel_size: int,
+    stride: int = 1,
+) -> Tensor:
+    """Convolve each active channel with the filter derived from its largest one.
+
+    A smaller filter is a learned linear map of the centre of the next larger one: the 5x5 filter is
+    ``matrix_5 @ vec(centre 5x5 of the 7x7 bank)``, the 3x3 filter ``matrix_3 @ vec(centre 3x3 of the 5x5 filter)``.
+    Padding is ``kernel_size // 2``. Runs on the CPU in float32 (under autocast too); derivatives of first order only.
+
+    Args:
+        x: Input, [N, C, H, W], float32. C may be less than the bank's. Anything but channels_last memory is copied
+            into channels_last first.
+        weight: Filter bank, [C_max, 1, K_max, K_max], float32, K_max 3, 5 or 7. Only the first C rows get a gradient.
+        matrix_5: Map from 7x7 to 5x5 filters, [25, 25], float32. Needed where K_max is 7 and `kernel_size` is 5 or 3.
+        matrix_3: Map from 5x5 to 3x3 filters, [9, 9], float32. Needed where K_max is 7 or 5 and `kernel_size` is 3.
+            A matrix that is not needed may be given; its gradient stays None.
+        kernel_size: Active size, 3, 5 or 7, at most K_max.
+        stride: 1 or 2.
+
+    Returns:
+        [N, C, ceil(H / stride), ceil(W / stride)], float32, channels_last.
+
+    Raises:
+        InputError: Shapes disagree, or `kernel_size` or `stride` is not one of the choices (a ValueError).
+        TypeError: A tensor is not float32.
+        NotImplementedError: A tensor is not on the CPU.
+
+    Source:
+        Once-for-All, arXiv:1908.09791, section 3.
+
+    Example:
+        >>> import torch
+        >>> from pfnas_fast.ops import dynamic_depthwise_conv
+        >>> bank = torch.randn(16, 1, 7, 7)
+        >>> x = torch.randn(2, 8, 10, 10).to(memory_format=torch.channels_last)
+        >>> dynamic_depthwise_conv(x, bank, torch.eye(25), torch.eye(9), kernel_size=3, stride=2).shape
+        torch.Size([2, 8, 5, 5])
+    """
+    _check(x, weight, matrix_5, matrix_3, kernel_size, stride)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return torch.ops.pfnas_fast.dynamic_depthwise_conv(x, weight, matrix_5, matrix_3, kernel_size, stride)
+
+
+def _fail(expected: str, argument: str, got: object) -> str:
+    return f"dynamic_depthwise_conv: expected {expected} for {argument}, got {got}"
+
+
+def _check_tensor(tensor: Tensor, argument: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(_fail("a torch.Tensor", argument, type(tensor).__name__))
+    if tensor.dtype != torch.float32 and not torch.is_autocast_enabled("cpu"):
+        raise TypeError(_fail("float32", argument, str(tensor.dtype).removeprefix("torch.")))
+    if tensor.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(_fail("a CPU tensor", argument, f"one on {tensor.device.type}"))
+
+
+def _check(
+    x: Tensor, weight: Tensor, matrix_5: Tensor | None, matrix_3: Tensor | None, kernel_size: int, stride: int
+) -> None:
+    _check_tensor(x, "x")
+    _check_tensor(weight, "weight")
+    if x.ndim != 4 or 0 in x.shape[1:]:
+        raise InputError(_fail("shape [N, C, H, W] with C, H, W >= 1", "x", list(x.shape)))
+    if (
+        weight.ndim != 4
+        or weight.shape[1] != 1
+        or weight.shape[2] != weight.shape[3]
+        or weight.shape[2] not in (3, 5, 7)
+    ):
+        raise InputError(_fail("shape [C_max, 1, K, K] with K 3, 5 or 7", "weight", list(weight.shape)))
+    channels, max_channels, max_kernel = x.shape[1], weight.shape[0], weight.shape[2]
+    if channels > max_channels:
+        raise InputError(_fail(f"at least {channels} filters (the channels of x)", "weight", max_channels))
+    if kernel_size not in (3, 5, 7) or kernel_size > max_kernel:
+        raise InputError(_fail(f"an odd size from 3 to {max_kernel}", "kernel_size", kernel_size))
+    if stride not in (1, 2):
+        raise InputError(_fail("1 or 2", "stride", stride))
+    if max_kernel == 7 and kernel_size < 7:
+        _check_matrix(matrix_5, "matrix_5", 25, f"kernel_size {kernel_size} of a 7x7 bank")
+    if max_kernel > 3 and kernel_size == 3:
+        _check_matrix(matrix_3, "matrix_3", 9, f"kernel_size 3 of a {max_kernel}x{max_kernel} bank")
+
+
+def _check_matrix(matrix: Tensor | None, argument: str, size: int, why: str) -> None:
+    if matrix is None:
+        raise InputError(_fail(f"a [{size}, {size}] tensor ({why})", argument, None))
+    _check_tensor(matrix, argument)
+    if tuple(matrix.shape) != (size, size):
+        raise InputError(_fail(f"shape [{size}, {size}]", argument, list(matrix.shape)))
+
+
+def _uses(weight: Tensor, kernel_size: int) -> tuple[bool, bool]:
+    """Whether matrix_5 and matrix_3 take part in the derivation."""
+    max_kernel = weight.shape[-1]
+    return max_kernel == 7 and kernel_size < 7, max_kernel > 3 and kernel_size == 3
+
+
+def _output_like(x: Tensor, stride: int) -> Tensor:
+    """An uninitialised y: [N, C, ceil(H / stride), ceil(W / stride)], channels_last."""
+    n, c, h, w = x.shape
+    shape = (n, c, (h + stride - 1) // stride, (w + stride - 1) // stride)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, matrix_5: Tensor | None, matrix_3: Tensor | None, kernel_size: int, stride: int
+) -> Tensor:
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = _output_like(x, stride)
+    _C.dynamic_depthwise_conv_forward(
+        x, weight.contiguous(), _contiguous(matrix_5), _contiguous(matrix_3), kernel_size, stride, y
+    )
+    return y
+
+
+def _contiguous(matrix: Tensor | None) -> Tensor | None:
+    return None if matrix is None else matrix.contiguous()
+
+
+def _empty_gradients(
+    x: Tensor, weight: Tensor, kernel_size: int, need_x: bool, need_filter: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to be filled; [0] in place of those that are not wanted or have no part in the derivation."""
+    uses_5, uses_3 = _uses(weight, kernel_size)
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0)
+    grad_weight = weight.new_zeros(weight.shape) if need_filter else weight.new_empty(0)
+    grad_5 = weight.new_zeros(25, 25) if need_filter and uses_5 else weight.new_empty(0)
+    grad_3 = weight.new_zeros(9, 9) if need_filter and uses_3 else weight.new_empty(0)
+    return grad_x, grad_weight, grad_5, grad_3
+
+
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    matrix_5: Tensor | None,
+    matrix_3: Tensor | None,
+    kernel_size: int,
+    stride: int,
+    need_x: bool,
+    need_filter: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradients = _empty_gradients(x, weight, kernel_size, need_x, need_filter)
+    _C.dynamic_depthwise_conv_backward(
+        grad_y.contiguous(memory_format=torch.channels_last),
+        x.contiguous(memory_format=torch.channels_last),
+        weight.contiguous(),
+        _contiguous(matrix_5),
+        _contiguous(matrix_3),
+        kernel_size,
+        stride,
+        *(gradient if gradient.numel() or gradient.ndim > 1 else None for gradient in gradients),
+    )
+    return gradients
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, matrix_5, matrix_3, ctx.kernel_size, ctx.stride = inputs
+    ctx.save_for_backward(x, weight, matrix_5, matrix_3)
+
+
+def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, matrix_5, matrix_3 = ctx.saved_tensors
+    need_x, *need_filter = ctx.needs_input_grad[:4]
+    gradients = torch.ops.pfnas_fast.dynamic_depthwise_conv_backward(
+        grad_y, x, weight, matrix_5, matrix_3, ctx.kernel_size, ctx.stride, need_x, any(need_filter)
+    )
+    wanted = zip(
+        gradients, ctx.needs_input_grad[:4], (True, True, *_uses(weight, ctx.kernel_size)), strict=True
+    )
+    return *(gradient if needed and used else None for gradient, needed, used in wanted), None, None
+
+
+def _fake_forward(
+    x: Tensor, weight: Tensor, matrix_5: Tensor | None, matrix_3: Tensor | None, kernel_size: int, stride: int
+) -> Tensor:
+    return _output_like(x, stride)
+
+
+def _fake_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    matrix_5: Tensor | None,
+    matrix_3: Tensor | None,
+    kernel_size: int,
+    stride: int,
+    need_x: bool,
+    need_filter: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_gradients(x, weight, kernel_size, need_x, need_filter)
+
+
+LIBRARY.impl("dynamic_depthwise_conv", _forward, "CPU")
+LIBRARY.impl("dynamic_depthwise_conv_backward", _backward, "CPU")
+torch.library.register_fake("pfnas_fast::dynamic_depthwise_conv", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("pfnas_fast::dynamic_depthwise_conv_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd(
+    "pfnas_fast::dynamic_depthwise_conv", _autograd, setup_context=_setup_context, lib=LIBRARY
+)

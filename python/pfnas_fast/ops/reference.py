@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slow, obvious twins of the compiled ops: pure PyTorch, any device, any floating dtype. The tests' ground truth."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["derive_filter", "dynamic_depthwise_conv"]
+
+
+def _centre(weight: Tensor, size: int) -> Tensor:
+    """The centred `size` x `size` part of [C, 1, K, K]."""
+    border = (weight.shape[-1] - size) // 2
+    return weight[:, :, border : border + size, border : border + size]
+
+
+def derive_filter(
+    weight: Tensor, matrix_5: Tensor | None, matrix_3: Tensor | None, kernel_size: int
+) -> Tensor:
+    """Derive the active filter from the bank: shrink by 2 and apply the matrix, until `kernel_size` is reached.
+
+    Args:
+        weight: Filter bank, [C, 1, K_max, K_max].
+        matrix_5: [25, 25], applied when shrinking 7 to 5; None only where that step is not taken.
+        matrix_3: [9, 9], applied when shrinking 5 to 3; None only where that step is not taken.
+        kernel_size: Active size, odd, at most K_max.
+
+    Returns:
+        [C, 1, kernel_size, kernel_size].
+
+    Source:
+        Once-for-All, arXiv:1908.09791, section 3 (elastic kernel size).
+    """
+    matrices = {5: matrix_5, 3: matrix_3}
+    while weight.shape[-1] > kernel_size:
+        size = weight.shape[-1] - 2
+        matrix = matrices[size]
+        assert matrix is not None, f"shrinking to {size} needs its matrix"
+        taps = _centre(weight, size).flatten(1)  # [C, size^2]
+        weight = F.linear(taps, matrix).view(-1, 1, size, size)
+    return weight
+
+
+def dynamic_depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    matrix_5: Tensor | None = None,
+    matrix_3: Tensor | None = None,
+    *,
+    kernel_size: int,
+    stride: int = 1,
+) -> Tensor:
+    """Twin of `pfnas_fast.ops.dynamic_depthwise_conv`; same arguments and result, differentiable any number of times."""
+    channels = x.shape[1]  # [N, C, H, W]
+    taps = derive_filter(weight[:channels], matrix_5, matrix_3, kernel_size)  # [C, 1, k, k]
+    return F.conv2d(x, taps, stride=stride, padding=kernel_size // 2, groups=channels)
