@@ -12,6 +12,7 @@ from pfnas_fast.supernet.layers import (
     DynamicPointwiseConv2d,
     DynamicSE,
 )
+from pfnas_fast.supernet.ofa import load_ofa_weights
 from pfnas_fast.supernet.recalibration import (
     BNStatistics,
     recalibrate,
@@ -35,6 +36,7 @@ __all__ = [
     "DynamicSE",
     "PlainBackbone",
     "copy_active_weights",
+    "load_ofa_weights",
     "recalibrate",
     "reorganize_middle_weights",
     "set_running_statistics",

@@ -12,6 +12,7 @@ from pfnas_fast.space import Path, Space, TailSpec
 from pfnas_fast.supernet.active import ActiveSubnetMixin
 from pfnas_fast.supernet.backbone import Backbone, ConvBN
 from pfnas_fast.supernet.extraction import ClassificationSubnet, copy_active_weights
+from pfnas_fast.supernet.layers import pixel_mean
 from pfnas_fast.supernet.recalibration import BNStatistics
 
 
@@ -36,7 +37,7 @@ class ClassificationTail(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> logits [N, num_classes]."""
-        pooled = self.feature(x).mean((2, 3))
+        pooled = pixel_mean(self.feature(x))
         return self.classifier(self.dropout(F.hardswish(self.hidden(pooled))))
 
 

@@ -54,6 +54,15 @@ def activate(x: Tensor, activation: str) -> Tensor:
     raise RuntimeError(f"activate: unknown activation {activation!r}")
 
 
+def pixel_mean(x: Tensor) -> Tensor:
+    """Mean over the pixels, [N, C, H, W] -> [N, C], for channels_last input.
+
+    Not ``x.mean((2, 3))``: its gradient comes in NCHW order and costs a pass, which makes the excitation
+    slower (0.87 instead of 0.60 ms forward and backward on [16, 96, 12, 16]); a sum's gradient is a view.
+    """
+    return x.permute(0, 2, 3, 1).flatten(1, 2).sum(1) * (1.0 / (x.shape[2] * x.shape[3]))
+
+
 def init_conv_(weight: Tensor, *, groups: int = 1) -> None:
     """Fill `weight` [O, I / groups, k, k] with He normal values, fan-out counted per group, drawn on the CPU.
 
@@ -276,7 +285,7 @@ class DynamicSE(nn.Module):
         """Scale every channel of `x` [N, C, H, W] by a gate in [0, 1] computed from the channel means."""
         channels = x.shape[1]
         reduced = se_channels(channels)
-        pooled = x.mean((2, 3))  # [N, C]
+        pooled = pixel_mean(x)
         gate = F.linear(pooled, self.reduce.weight[:reduced, :channels], self.reduce.bias[:reduced])
         gate = F.relu(gate, inplace=True)
         gate = F.linear(gate, self.expand.weight[:channels, :reduced], self.expand.bias[:channels])

@@ -32,9 +32,9 @@ def reorganize_middle_weights(backbone: Backbone, *, expand_ratio_stage: int = 0
     Raises:
         InputError: no block has so many widths.
 
-    Source: Once-for-All, arXiv:1908.09791, section 3.3 (elastic width). OFA's code sorts all hidden channels
-    of the excitation in every phase, which changes the middle nets; here a later phase leaves those beyond the
-    kept width alone.
+    Source: Once-for-All, arXiv:1908.09791, section 3.3 (elastic width). OFA's code sorts all hidden
+    channels of the excitation in every phase, which changes the middle nets; here a later phase leaves those
+    beyond the kept width alone.
     """
     num_widths = max(len(block.expand_ratios) for block in backbone.space.blocks)
     if not 0 <= expand_ratio_stage < num_widths:
