@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From paths to integer codes, and from codes to the additive features that every ranker of this package uses.
+"""From paths to integer codes, and from codes to the additive features of every ranker in this package.
 
 A path is a row of codes, one per gene slot: 0 = absent (a block skipped by depth), 1 + choice otherwise.
 Features are additive over slots, ``x = sum_slot design[slot, code]``, so that the first layer of any network
@@ -106,13 +106,15 @@ class GeneEncoding:
             if (low < -1).any() or (high >= sizes).any():
                 row, slot = np.argwhere((array < -1) | (array >= sizes))[0]
                 raise InputError(
-                    f"PathFilter: expected -1..{sizes[slot] - 1} for gene {slot} of paths, got {array[row, slot]} in row {row}"
+                    f"PathFilter: expected -1..{sizes[slot] - 1} for gene {slot} of paths, "
+                    f"got {array[row, slot]} in row {row}"
                 )
             return (array + 1).astype(np.uint8)
         if (array.min(0, initial=0) < 0).any() or (array.max(0, initial=0) > sizes).any():
             row, slot = np.argwhere((array < 0) | (array > sizes))[0]
             raise InputError(
-                f"PathFilter: expected code 0..{sizes[slot]} for slot {slot} of paths, got {array[row, slot]} in row {row}"
+                f"PathFilter: expected code 0..{sizes[slot]} for slot {slot} of paths, "
+                f"got {array[row, slot]} in row {row}"
             )
         return array.astype(np.uint8, copy=False)
 

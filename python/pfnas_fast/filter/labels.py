@@ -40,7 +40,8 @@ def _column(values: Any, name: str, length: int) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(array))
     if len(bad):
         raise InputError(
-            f"PathFilter.fit: expected finite numbers for {name}, got {array[bad[0]]} in row {bad[0]} ({len(bad)} such rows)"
+            f"PathFilter.fit: expected finite numbers for {name}, "
+            f"got {array[bad[0]]} in row {bad[0]} ({len(bad)} such rows)"
         )
     return array
 
@@ -51,8 +52,8 @@ def _label_sd(label_sd: Any, length: int) -> np.ndarray | None:
     sd = np.asarray(label_sd, np.float64)
     if sd.shape not in ((), (length,), (length, length)) or not np.isfinite(sd).all() or (sd < 0).any():
         raise InputError(
-            f"PathFilter.fit: expected finite values >= 0 of shape [], [{length}] or [{length}, {length}] for label_sd, "
-            f"got shape {list(sd.shape)}"
+            f"PathFilter.fit: expected finite values >= 0 of shape [], [{length}] or [{length}, {length}] "
+            f"for label_sd, got shape {list(sd.shape)}"
         )
     return np.full(length, float(sd)) if sd.ndim == 0 else sd
 
@@ -88,7 +89,8 @@ def collect_labels(
     rows = first[order]
     if len(rows) < 2:
         raise InputError(
-            f"PathFilter.fit: expected at least 2 distinct labelled paths for paths, got {len(rows)} (of {len(codes)} rows)"
+            "PathFilter.fit: expected at least 2 distinct labelled paths for paths, "
+            f"got {len(rows)} (of {len(codes)} rows)"
         )
     count = np.bincount(group)
     means = np.bincount(group, values) / count

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pairwise ranking loss: which of two paths is better, asked most often of paths that cost about the same."""
+"""The pairwise ranking loss: which of two paths is better, asked mostly of paths that cost about the same."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def pair_tau(
 
 
 def tau_within_groups(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> float:
-    """Mean over groups of Kendall's tau-b; groups without two distinct labels are left out (nan if none is left)."""
+    """Mean over groups of Kendall's tau-b; groups without distinct labels are left out (nan if all are)."""
     taus = []
     for group in np.unique(groups):
         rows = groups == group

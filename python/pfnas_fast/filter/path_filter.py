@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The path filter: ranks paths of similar cost, after DetOFA (arXiv:2303.13121); network and loss are our choice."""
+"""The path filter: ranks paths of similar cost, after DetOFA (arXiv:2303.13121); network and loss are ours."""
 
 from __future__ import annotations
 

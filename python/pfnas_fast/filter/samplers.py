@@ -17,6 +17,8 @@ from pfnas_fast.filter.thresholds import BudgetThresholds, PathScorer
 __all__ = ["Balanced", "BestUp", "Filtered", "RandomPrune", "Sampler", "Uniform"]
 
 _STEP_STREAM = 0x5A3
+_STEPS_PER_BLOCK = 64
+_MIN_POOL = 512  # paths BestUp compares at once, so that neighbours in MACs are within about 2 %
 _MAX_ROUNDS = 64  # of draws until every slot is filled; a space that accepts 1 in 100 still needs only two
 
 
@@ -46,6 +48,8 @@ class _Base:
         self.space = space
         self.cost: Any = None
         self._budgets: Any = None
+        self._block = np.zeros((0, space.num_slots), np.uint8)
+        self._block_key: tuple[int, int, int] | None = None
 
     def bind(self: Self, cost: Any) -> Self:
         """Prepare for one cost model.
@@ -61,10 +65,12 @@ class _Base:
         """
         if cost.space != self.space:
             raise InputError(
-                f"{type(self).__name__}.bind: expected a cost model of space {self.space.name!r}, got {cost.space.name!r}"
+                f"{type(self).__name__}.bind: expected a cost model of space {self.space.name!r}, "
+                f"got one of {cost.space.name!r}"
             )
         if self.cost is not cost:
             self.cost = cost
+            self._block_key = None
             self._prepare()
         return self
 
@@ -92,7 +98,9 @@ class _Base:
         raise NotImplementedError
 
     def population_for_step(self, seed: int, step: int, n: int) -> np.ndarray:
-        """The paths of one training step, a function of (seed, step) alone.
+        """The paths of one training step, a function of (seed, step, n) and the bound state alone.
+
+        Steps are drawn in blocks, since a draw of two paths costs as much as one of a hundred.
 
         Args:
             seed: Of the run.
@@ -102,7 +110,18 @@ class _Base:
         Returns:
             uint8 [n, num_slots].
         """
-        return self.sample(np.random.default_rng([seed, _STEP_STREAM, step]), n)
+        block = step // _STEPS_PER_BLOCK
+        key = (seed, block, n)
+        if self._block_key != key:
+            rng = np.random.default_rng([seed, _STEP_STREAM, block, n])
+            steps = np.repeat(block * _STEPS_PER_BLOCK + np.arange(_STEPS_PER_BLOCK), n)
+            self._block, self._block_key = self._sample_steps(rng, steps), key
+        first = (step - block * _STEPS_PER_BLOCK) * n
+        return self._block[first : first + n].copy()
+
+    def _sample_steps(self, rng: np.random.Generator, steps: np.ndarray) -> np.ndarray:
+        """One path for each entry of `steps` (int64 [n], the step that will train it)."""
+        return self.sample(rng, len(steps))
 
 
 class Uniform(_Base):
@@ -119,7 +138,7 @@ class Uniform(_Base):
 
 
 class Balanced(_Base):
-    """Budgets log-uniform, then the resolution uniform among the feasible ones, then a path of that budget."""
+    """Budgets log-uniform, then the resolution uniform among the feasible, then a path of that budget."""
 
     def __init__(self, space: Any, *, window: float = 0.02) -> None:
         super().__init__(space)
@@ -140,8 +159,8 @@ class _Rejecting(Balanced):
     def _expected_acceptance(self) -> float:
         raise NotImplementedError
 
-    def _explore(self, rng: np.random.Generator, n: int, epsilon: float) -> np.ndarray:
-        """n paths, each free of the filter with probability epsilon."""
+    def _explore(self, rng: np.random.Generator, n: int, epsilon: float | np.ndarray) -> np.ndarray:
+        """n paths, each free of the filter with probability epsilon (a number, or one per path)."""
         self._require_bound()
         if n == 0:
             return np.zeros((0, self.space.num_slots), np.uint8)
@@ -159,9 +178,7 @@ class _Rejecting(Balanced):
             kept.append(chosen)
             missing -= len(chosen)
         if missing and last is not None:
-            kept.append(
-                last[:missing]
-            )  # nothing acceptable to be found: go on unfiltered rather than loop for ever
+            kept.append(last[:missing])  # nothing acceptable found: go on unfiltered, never loop for ever
         population = np.concatenate(kept)
         order = np.empty(n, np.int64)
         order[np.concatenate([np.flatnonzero(free), np.flatnonzero(~free)])] = np.arange(n)
@@ -169,7 +186,7 @@ class _Rejecting(Balanced):
 
 
 class Filtered(_Rejecting):
-    """Balanced draws that the path filter accepts: f >= t(budget); a share epsilon explores without the filter.
+    """Balanced draws that the path filter accepts, f >= t(budget); a share epsilon explores without it.
 
     Args:
         space: The space.
@@ -230,6 +247,7 @@ class Filtered(_Rejecting):
         self._require_bound()
         old = self.thresholds
         self.flt = flt
+        self._block_key = None
         self._prepare()
         if old is None or self.thresholds is None:
             raise RuntimeError("Filtered: bound without thresholds")
@@ -253,9 +271,8 @@ class Filtered(_Rejecting):
         """See `Sampler`; explores with `epsilon`."""
         return self._explore(rng, n, self.epsilon)
 
-    def population_for_step(self, seed: int, step: int, n: int) -> np.ndarray:
-        """See `Sampler`; explores with `epsilon_at(step)`."""
-        return self._explore(np.random.default_rng([seed, _STEP_STREAM, step]), n, self.epsilon_at(step))
+    def _sample_steps(self, rng: np.random.Generator, steps: np.ndarray) -> np.ndarray:
+        return self._explore(rng, len(steps), np.array([self.epsilon_at(int(step)) for step in steps]))
 
 
 class RandomPrune(_Rejecting):
@@ -324,15 +341,14 @@ class BestUp(Balanced):
     def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
         """See `Sampler`."""
         self._require_bound()
-        population = super().sample(rng, n)
-        if n == 0 or self.num_candidates == 1:
-            return population
-        half = self.window / 2
-        for row, centre in enumerate(self.cost.macs_m(population)):
-            low, high = centre * (1 - half), centre * (1 + half)
-            rivals = self._budgets.sample_log_uniform(
-                rng, self.num_candidates - 1, low, high, window=self.window
-            )
-            rivals = np.concatenate([population[row : row + 1], rivals])
-            population[row] = rivals[np.argmax(self.flt.score(rivals, self.cost.macs_m(rivals)))]
-        return population
+        k = self.num_candidates
+        if k == 1 or n == 0:
+            return super().sample(rng, n)
+        num_groups = max(n, _MIN_POOL // k)
+        pool = super().sample(rng, num_groups * k)
+        macs_m = self.cost.macs_m(pool)
+        # Sorted by MACs, k neighbours form a group: its members meet the same budget to a percent or two.
+        groups = np.argsort(macs_m, kind="stable").reshape(num_groups, k)
+        scores = self.flt.score(pool, macs_m)
+        best = groups[np.arange(num_groups), np.argmax(scores[groups], axis=1)]
+        return pool[rng.permutation(best)[:n]]

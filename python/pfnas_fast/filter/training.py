@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fitting a stacked ensemble of rankers: full-batch AdamW, a cosine schedule, every member from its own start."""
+"""Fitting a stacked ensemble of rankers: AdamW, a cosine schedule, every member from its own start."""
 
 from __future__ import annotations
 

@@ -199,7 +199,8 @@ def search_candidates(
         low = cost.range_m(resolution)[0]
         if budget < low:
             raise InputError(
-                f"search_candidates: expected budgets_macs_m >= {low:.6g} at resolution {resolution}, got {budget:g}"
+                f"search_candidates: expected budgets_macs_m >= {low:.6g} at resolution {resolution}, "
+                f"got {budget:g}"
             )
     sampler = BudgetSampler(cost)
     found: dict[float, np.ndarray] = {}

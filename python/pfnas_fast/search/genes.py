@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mutation, crossing and budget repair of whole populations; codes stay canonical, so equal subnets have equal rows."""
+"""Mutation, crossing and budget repair of whole populations; codes stay canonical: one row per subnet."""
 
 from __future__ import annotations
 

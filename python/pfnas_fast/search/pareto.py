@@ -17,7 +17,8 @@ def _points(macs_m: Any, ap: Any, function: str) -> tuple[np.ndarray, np.ndarray
     macs, quality = np.asarray(macs_m, np.float64), np.asarray(ap, np.float64)
     if macs.ndim != 1 or macs.shape != quality.shape:
         raise InputError(
-            f"{function}: expected two arrays of one length for macs_m and ap, got {list(macs.shape)}, {list(quality.shape)}"
+            f"{function}: expected two arrays of one length for macs_m and ap, "
+            f"got shapes {list(macs.shape)} and {list(quality.shape)}"
         )
     if not (np.isfinite(macs).all() and np.isfinite(quality).all()) or (macs <= 0).any():
         raise InputError(f"{function}: expected finite ap and finite macs_m > 0, got other values")
