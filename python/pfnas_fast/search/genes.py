@@ -122,7 +122,7 @@ class GeneOperators:
         """
         population = population.copy()
         macs_m = self.cost.macs_m(population)
-        probability = 1.0 / len(self.slot_sizes)
+        probability = 2.0 / len(self.slot_sizes)
         for _ in range(attempts):
             gap = np.maximum(np.maximum(macs_m - high_m, low_m - macs_m), 0.0)
             rows = np.flatnonzero(gap > 0)
