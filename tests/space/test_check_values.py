@@ -2,7 +2,6 @@
 """The published and derived numbers that the cost tables must hit exactly."""
 
 import pytest
-
 from pfnas_fast.space import CostModel, load_space
 
 

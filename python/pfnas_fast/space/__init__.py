@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Search spaces as data, their paths, and what the paths cost."""
 
+from pfnas_fast.space.additive import AdditiveCost
+from pfnas_fast.space.budget import BudgetSampler
 from pfnas_fast.space.costs import CostModel
 from pfnas_fast.space.description import load_space, preset_names
 from pfnas_fast.space.path import Path
@@ -17,7 +19,9 @@ from pfnas_fast.space.specs import (
 )
 
 __all__ = [
+    "AdditiveCost",
     "BlockSpec",
+    "BudgetSampler",
     "CostModel",
     "HeadSpec",
     "Path",

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each part of a network costs at given sizes: the formulas behind the cost tables.
 
-MACs: convolutions, linear layers and squeeze-and-excitation; BN, activations, biases, pooling and additions are free.
-Params: every learnable number of the stand-alone subnet (elastic-kernel matrices belong to the supernet, not to a path).
-Saved: float32 elements, per image, of the tensors that autograd keeps for the backward pass of a training forward.
-Autograd keeps, each storage once: the input of a convolution or linear layer, the input of a BN, the *output* of a
-ReLU, the *input* of an h-swish or h-sigmoid, both factors of the SE product. It keeps nothing for pooling, additions and
-nearest up-sampling. A tensor between two layers belongs to the layer that makes it, so that blocks add up.
+MACs: convolutions, linear layers and squeeze-and-excitation; BN, activations, biases, pooling and additions
+    are free.
+Params: every learnable number of the stand-alone subnet (elastic-kernel matrices belong to the supernet, not
+    to a path).
+Saved: float32 elements, per image, of the tensors that autograd keeps for the backward pass of a training
+    forward.
+Autograd keeps, each storage once: the input of a convolution or linear layer, the input of a BN, the *output*
+of a ReLU, the *input* of an h-swish or h-sigmoid, both factors of the SE product. It keeps nothing for
+pooling, additions and nearest up-sampling. A tensor between two layers belongs to the layer that makes it, so
+that blocks add up.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ class Cost:
 
 
 def _conv(in_channels: int, out_channels: int, area: int, kernel_size: int = 1, groups: int = 1) -> Cost:
-    """A convolution without bias whose output has `area` px; its output is saved by the layer that follows."""
+    """A convolution without bias whose output has `area` px; the next layer saves its output."""
     weights = out_channels * (in_channels // groups) * kernel_size**2
     return Cost(macs=weights * area, params=weights)
 
@@ -44,12 +48,12 @@ def _conv_bn(in_channels: int, out_channels: int, area: int, kernel_size: int = 
 
 
 def _activation(channels: int, area: int, kind: str) -> Cost:
-    """An activation and its output: ReLU saves the output alone; h-swish saves its input, the next layer the output."""
+    """An activation and its output: ReLU saves the output alone; h-swish its input, the next layer the output."""
     return Cost(saved=channels * area * (2 if kind == "hswish" else 1))
 
 
 def _squeeze_excite(channels: int, area: int) -> Cost:
-    """Pool, two 1x1 convolutions with bias, h-sigmoid, product; the product's output goes to the next layer."""
+    """Pool, two linear layers with bias and ReLU between them, h-sigmoid, product; output included."""
     hidden = se_channels(channels)
     return Cost(
         macs=2 * channels * hidden,
@@ -94,7 +98,8 @@ def block_cost(block: BlockSpec, kernel_size: int, expand_ratio: int, in_size: S
 def neck_head_cost(
     head: HeadSpec, tap_channels: tuple[int, ...], tap_sizes: tuple[Size, ...], num_classes: int
 ) -> Cost:
-    """Lateral 1x1 + BN + h-swish per level; shared separable convolutions with one BN per level; three predictors.
+    """Lateral 1x1 + BN + h-swish per level; shared separable convolutions with one BN per level; three
+    predictors.
 
     The weights of the head are shared over levels: their parameters count once, their MACs at every level.
     """

@@ -24,14 +24,16 @@ _ROWS_PER_CHUNK = 8192  # keeps the temporaries of a gather in the second-level 
 class CostModel:
     """MACs, parameters and saved bytes of every path of a space, exact and additive per resolution.
 
-    The tables hold whole numbers (in float64, exact below 2^53), so sums are exact in any order. "detection" counts
-    the whole detector (backbone, neck, head), "classification" backbone and tail, "backbone" the stages alone.
+    The tables hold whole numbers (in float64, exact below 2^53), so sums are exact in any order. "detection"
+    counts the whole detector (backbone, neck, head), "classification" backbone and tail, "backbone" the
+    stages alone.
 
-    `saved_bytes` is the memory, per image in float32, that autograd keeps for backward after a training forward of the
-    reference backend: every distinct storage with a batch dimension that `torch.autograd.graph.saved_tensors_hooks`
-    sees. Counted: the input image; inputs of convolutions, linear layers and BN; outputs of ReLU; inputs of h-swish and
-    h-sigmoid; both factors of the SE product; in the tail the dropout mask; in the head the outputs of the box
-    activation. Not counted: parameters, kernels derived from them, per-channel vectors, and the loss.
+    `saved_bytes` is the memory, per image in float32, that autograd keeps for backward after a training
+    forward of the reference backend: every distinct storage with a batch dimension that
+    `torch.autograd.graph.saved_tensors_hooks` sees. Counted: the input image; inputs of convolutions, linear
+    layers and BN; outputs of ReLU; inputs of h-swish and h-sigmoid; both factors of the SE product; in the
+    tail the dropout mask; in the head the outputs of the box activation. Not counted: parameters, kernels
+    derived from them, per-channel vectors, and the loss.
 
     Args:
         space: The space; `space.for_classification()` for square classification inputs.
@@ -39,8 +41,10 @@ class CostModel:
         task: "detection", "classification" or "backbone".
 
     Attributes:
-        macs_table, params_table, saved_bytes_table: [num_resolutions, num_slots - 1, max_code + 1] float64; 0 at code 0.
-        macs_constant, params_constant, saved_bytes_constant: [num_resolutions] float64; stem, first block, neck, head.
+        macs_table, params_table, saved_bytes_table: [num_resolutions, num_slots - 1, max_code + 1] float64; 0
+            at code 0.
+        macs_constant, params_constant, saved_bytes_constant: [num_resolutions] float64; stem, first block,
+            neck, head.
 
     Raises:
         ValueError: Unknown task or impossible number of classes.
@@ -88,7 +92,7 @@ class CostModel:
         return self._sum(paths, self.params_table, self.params_constant) / 1e6
 
     def saved_bytes(self, paths: NDArray[np.uint8] | Sequence[Path]) -> NDArray[np.float64]:
-        """Bytes per image that autograd keeps for backward (see the class); arguments and result as `macs_m`."""
+        """Bytes per image that autograd keeps for backward (see the class); arguments as `macs_m`."""
         return self._sum(paths, self.saved_bytes_table, self.saved_bytes_constant)
 
     def path_macs_m(self, path: Path) -> float:
@@ -121,8 +125,8 @@ class CostModel:
         if not low <= macs_m <= high:
             # Rounded inwards, so that the printed numbers are themselves accepted.
             raise InputError(
-                f"{self.space.name}: expected {math.ceil(low * 100) / 100:.2f} to {math.floor(high * 100) / 100:.2f} "
-                f"million MACs for {argument}, got {macs_m:g}"
+                f"{self.space.name}: expected {math.ceil(low * 100) / 100:.2f} to "
+                f"{math.floor(high * 100) / 100:.2f} million MACs for {argument}, got {macs_m:g}"
             )
 
     def _sum(
@@ -177,7 +181,7 @@ def additive_range(space: Space, table: NDArray[np.float64], constant: float) ->
         (smallest, largest), in the table's unit.
     """
     low = high = constant
-    for stage, slots in zip(space.stages, space.stage_slices):
+    for stage, slots in zip(space.stages, space.stage_slices, strict=True):
         choices = [table[b, 1 : space.slot_sizes[b] + 1] for b in range(slots.start, slots.stop)]
         lows = np.cumsum([c.min() for c in choices])
         highs = np.cumsum([c.max() for c in choices])
@@ -194,7 +198,7 @@ def _table(space: Space, resolution: int) -> list[list[Cost]]:
     for block in space.blocks:
         out_size = sizes[block.stage + 1]
         in_size = sizes[block.stage] if block.position == 0 else out_size
-        genes = zip(kernels[block.index], expands[block.index])
+        genes = zip(kernels[block.index], expands[block.index], strict=True)
         rows.append(
             [cost_terms.block_cost(block, k, e, in_size, out_size) if k else Cost() for k, e in genes]
         )

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -55,7 +57,8 @@ def load_space(source: str | FilePath) -> Space:
     file = FilePath(source)
     if not file.is_file():
         raise InputError(
-            f"load_space: expected a preset ({', '.join(preset_names())}) or a YAML file for source, got {str(source)!r}"
+            f"load_space: expected a preset ({', '.join(preset_names())}) or a YAML file for source, "
+            f"got {str(source)!r}"
         )
     try:
         description = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -198,10 +201,10 @@ def _check_whole(space: Space) -> None:
             f"got {list(space.taps)}"
         )
     strides = space.tap_strides
-    if any(b != 2 * a for a, b in zip(strides, strides[1:])):
+    if any(b != 2 * a for a, b in pairwise(strides)):
         raise InputError(
-            f"from_dict: expected stages whose strides double from one to the next for taps, got {list(space.taps)} "
-            f"with strides {list(strides)}"
+            f"from_dict: expected stages whose strides double from one to the next for taps, "
+            f"got {list(space.taps)} with strides {list(strides)}"
         )
     for field in ("resolutions", "classification_resolutions"):
         if len(getattr(space, field)) > _MAX_CODE - 1:
@@ -255,8 +258,8 @@ class _Section:
 
     def text(self, field: str) -> str:
         value = self.take(field)
-        safe: Callable[[str], bool] = lambda c: c.isalnum() or c in "._-"  # noqa: E731 (names become file names)
-        if not isinstance(value, str) or not value or not all(map(safe, value)):
+        # Names become parts of file names.
+        if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9._-]+", value):
             self.refuse(field, "letters, digits, '.', '_' or '-'", value)
         return value
 
@@ -288,6 +291,6 @@ class _Section:
     def ascending(self, field: str, low: int, high: int) -> tuple[int, ...]:
         value = self.take(field)
         good = isinstance(value, (list, tuple)) and len(value) > 0 and all(_is_int(v) for v in value)
-        if not good or any(a >= b for a, b in zip(value, value[1:])) or value[0] < low or value[-1] > high:
+        if not good or any(a >= b for a, b in pairwise(value)) or value[0] < low or value[-1] > high:
             self.refuse(field, f"an ascending list of different ints from {low} to {high}", value)
         return tuple(value)

@@ -19,8 +19,8 @@ def _digits(values: tuple[int, ...]) -> str:
 class Path:
     """One subnet at one resolution, in canonical form: the genes of skipped blocks are 0.
 
-    Equal subnets are equal objects with equal hashes. Build paths with `Space.path`, which validates them and clears
-    dead genes; the constructor itself only checks the form.
+    Equal subnets are equal objects with equal hashes. Build paths with `Space.path`, which validates them and
+    clears dead genes; the constructor itself only checks the form.
 
     Attributes:
         kernel_sizes: Depthwise kernel size of each block of the space, 0 where the block is skipped.
@@ -45,10 +45,12 @@ class Path:
                 raise TypeError(f"Path: expected a tuple of ints for {field}, got {values!r}")
         if type(self.resolution) is not int:
             raise TypeError(f"Path: expected an int for resolution, got {self.resolution!r}")
-        same_skipped = [(k == 0) == (e == 0) for k, e in zip(self.kernel_sizes, self.expand_ratios)]
+        same_skipped = [
+            (k == 0) == (e == 0) for k, e in zip(self.kernel_sizes, self.expand_ratios, strict=False)
+        ]
         if len(self.kernel_sizes) != len(self.expand_ratios) or not all(same_skipped):
             raise ValueError(
-                "Path: expected kernel_sizes and expand_ratios of one length with zeros at the same (skipped) blocks, "
+                "Path: expected kernel_sizes and expand_ratios of one length, 0 at the same (skipped) blocks, "
                 f"got {self.kernel_sizes} and {self.expand_ratios}"
             )
 
@@ -72,8 +74,8 @@ class Path:
             space: The space the path belongs to.
 
         Returns:
-            For example "ofa_mbv3_d22222_e33003300330033003300_k..._w1.0_r256": one digit per stage (d) or block
-            (e, k; 0 = skipped), then the resolution.
+            For example "ofa_mbv3_d22222_e33003300330033003300_k..._w1.0_r256": one digit per stage (d) or
+            block (e, k; 0 = skipped), then the resolution.
 
         Example:
             >>> from pfnas_fast.space import load_space

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coding of whole populations as uint8 arrays, and uniform sampling of them; no Python loop over paths' genes.
+"""Coding of whole populations as uint8 arrays, and uniform sampling of them; no Python loop over paths'
+genes.
 
-Slot b < num_blocks holds 0 (block skipped) or 1 + kernel_index * num_expand + expand_index; the last slot holds
-1 + resolution_index. The code is canonical: equal subnets have equal rows.
+Slot b < num_blocks holds 0 (block skipped) or 1 + kernel_index * num_expand + expand_index; the last slot
+holds 1 + resolution_index. The code is canonical: equal subnets have equal rows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def gene_tables(space: Space) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Kernel size and expand ratio of each (block, code): two arrays [num_blocks, max_code + 1], 0 at code 0."""
+    """Kernel size and expand ratio of each code: two arrays [num_blocks, max_code + 1], 0 at code 0."""
     shape = (space.num_blocks, max(space.slot_sizes[:-1]) + 1)
     kernels, expands = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     for block in space.blocks:
@@ -39,8 +40,8 @@ def encode(space: Space, paths: list[Path]) -> NDArray[np.uint8]:
     for row, path in enumerate(paths):
         if len(path.kernel_sizes) != space.num_blocks or len(path.depths) != len(space.stages):
             raise InputError(
-                f"encode: expected paths of {space.name} ({space.num_blocks} blocks, {len(space.stages)} stages), "
-                f"got {path} at index {row}"
+                f"encode: expected paths of {space.name} ({space.num_blocks} blocks, {len(space.stages)} "
+                f"stages), got {path} at index {row}"
             )
     kernels = np.array([p.kernel_sizes for p in paths])
     expands = np.array([p.expand_ratios for p in paths])
@@ -53,8 +54,8 @@ def encode(space: Space, paths: list[Path]) -> NDArray[np.uint8]:
         if not match.any(axis=1).all():
             row = int(np.argmin(match.any(axis=1)))
             raise InputError(
-                f"encode: expected kernel size in {block.kernel_sizes} and expand ratio in {block.expand_ratios} at "
-                f"block {b}, got {kernels[row, b]} and {expands[row, b]} (path {row})"
+                f"encode: expected kernel size in {block.kernel_sizes} and expand ratio in "
+                f"{block.expand_ratios} at block {b}, got {kernels[row, b]} and {expands[row, b]} (path {row})"
             )
         population[:, b] = match.argmax(axis=1)
     resolutions = np.array([p.resolution for p in paths])[:, None] == np.array(space.resolutions)
@@ -83,7 +84,8 @@ def decode(space: Space, population: NDArray[np.uint8]) -> list[Path]:
     depths = space.depths_of(population).tolist()
     resolutions = np.take(space.resolutions, population[:, -1].astype(np.int64) - 1).tolist()
     return [
-        Path(tuple(k), tuple(e), tuple(d), r) for k, e, d, r in zip(kernels, expands, depths, resolutions)
+        Path(tuple(k), tuple(e), tuple(d), r)
+        for k, e, d, r in zip(kernels, expands, depths, resolutions, strict=True)
     ]
 
 
@@ -94,7 +96,8 @@ def check(space: Space, population: NDArray[np.uint8]) -> None:
         raise TypeError(f"check_population: expected a uint8 numpy array for population, got {got}")
     if population.ndim != 2 or population.shape[1] != space.num_slots:
         raise InputError(
-            f"check_population: expected shape [num_paths, {space.num_slots}] for population, got {population.shape}"
+            f"check_population: expected shape [num_paths, {space.num_slots}] for population, "
+            f"got {population.shape}"
         )
     too_large = population > np.array(space.slot_sizes, np.uint8)
     too_large[:, -1] |= population[:, -1] == 0
@@ -105,15 +108,15 @@ def check(space: Space, population: NDArray[np.uint8]) -> None:
             f"check_population: expected codes {low} to {space.slot_sizes[slot]} at {where}, "
             f"got {population[row, slot]} in row {row}"
         )
-    for index, (stage, slots) in enumerate(zip(space.stages, space.stage_slices)):
+    for index, (stage, slots) in enumerate(zip(space.stages, space.stage_slices, strict=True)):
         present = population[:, slots] != 0
         depth = present.sum(axis=1)
         bad = ~np.isin(depth, stage.depths) | (present[:, 1:] & ~present[:, :-1]).any(axis=1)
         if bad.any():
             row = int(np.argmax(bad))
             raise InputError(
-                f"check_population: expected the first d blocks of stage {index} to be present, d one of {stage.depths}, "
-                f"got codes {population[row, slots].tolist()} in row {row}"
+                f"check_population: expected the first d blocks of stage {index} to be present, d one of "
+                f"{stage.depths}, got codes {population[row, slots].tolist()} in row {row}"
             )
 
 
@@ -122,8 +125,8 @@ def uniform_population(
 ) -> NDArray[np.uint8]:
     """Draw paths under Once-for-All's gene measure.
 
-    Each stage's depth is uniform over its choices, then each active block's kernel size and expand ratio are, and the
-    resolution is. (Uniform over *paths* instead would put depth 4 of 2, 3, 4 at 89 %.)
+    Each stage's depth is uniform over its choices, then each active block's kernel size and expand ratio are,
+    and the resolution is. (Uniform over *paths* instead would put depth 4 of 2, 3, 4 at 89 %.)
 
     Args:
         space: The space.
@@ -149,7 +152,7 @@ def uniform_population(
     population = np.empty((n, space.num_slots), np.uint8)
     for block in space.blocks:
         population[:, block.index] = rng.integers(1, space.slot_sizes[block.index] + 1, n, dtype=np.uint8)
-    for stage, slots in zip(space.stages, space.stage_slices):
+    for stage, slots in zip(space.stages, space.stage_slices, strict=True):
         depth = rng.choice(np.array(stage.depths), n)
         population[:, slots] *= np.arange(stage.depths[-1]) < depth[:, None]
     if resolution is None:

@@ -97,7 +97,7 @@ class Space:
 
     @cached_property
     def slot_sizes(self) -> tuple[int, ...]:
-        """Choices of each slot without 'absent': kernel x expand per block, then the number of resolutions."""
+        """Choices of each slot without 'absent': kernel x expand per block, then the resolutions."""
         sizes = [len(b.kernel_sizes) * len(b.expand_ratios) for b in self.blocks]
         return (*sizes, len(self.resolutions))
 
@@ -105,13 +105,15 @@ class Space:
     def stage_slices(self) -> tuple[slice, ...]:
         """The slots of each stage's blocks."""
         ends = np.cumsum([stage.depths[-1] for stage in self.stages]).tolist()
-        return tuple(slice(end - stage.depths[-1], end) for end, stage in zip(ends, self.stages))
+        return tuple(slice(end - stage.depths[-1], end) for end, stage in zip(ends, self.stages, strict=True))
 
     @property
     def num_paths(self) -> int:
         """Exact number of different subnets (dead genes not counted, resolutions excluded)."""
         per_block = [len(s.kernel_sizes) * len(s.expand_ratios) for s in self.stages]
-        return math.prod(sum(n**d for d in stage.depths) for n, stage in zip(per_block, self.stages))
+        return math.prod(
+            sum(n**d for d in stage.depths) for n, stage in zip(per_block, self.stages, strict=True)
+        )
 
     @property
     def name_and_width(self) -> tuple[str, str]:
@@ -129,7 +131,7 @@ class Space:
             genes.append(letter + ("" if values[-1] < 10 else "-").join(map(str, values)))
         return f"{prefix}_{'_'.join(genes)}{width}"
 
-    # Geometry -------------------------------------------------------------------------------------------------------
+    # Geometry -----------------------------------------------------------------------------------------------
 
     def canvas(self, resolution: int) -> tuple[int, int]:
         """Height and width of the input, px, whose longest side is `resolution`."""
@@ -164,7 +166,7 @@ class Space:
         """Cumulative stride of each tapped stage output, finest first."""
         return tuple(2 * math.prod(s.stride for s in self.stages[: tap + 1]) for tap in self.taps)
 
-    # Paths ----------------------------------------------------------------------------------------------------------
+    # Paths --------------------------------------------------------------------------------------------------
 
     def path(self, *, ks: Genes, e: Genes, d: Genes, resolution: int | None = None) -> Path:
         """A validated path, in Once-for-All's dialect.
@@ -176,11 +178,12 @@ class Space:
             resolution: Longest side, px; None is the largest.
 
         Returns:
-            The path in canonical form (genes of skipped blocks are 0, so any allowed value or 0 may stand there).
+            The path in canonical form (genes of skipped blocks are 0, so any allowed value or 0 may stand
+            there).
 
         Raises:
-            ValueError: A list has the wrong length or a value is not among the choices; the text names the block or
-                stage, the value and the allowed values.
+            ValueError: A list has the wrong length or a value is not among the choices; the text names the
+                block or stage, the value and the allowed values.
             TypeError: A value is not an int.
 
         Example:
@@ -189,7 +192,7 @@ class Space:
             (1, 1, 1, 1)
         """
         depths = _gene_list("d", d, len(self.stages), "stages")
-        for index, (depth, stage) in enumerate(zip(depths, self.stages)):
+        for index, (depth, stage) in enumerate(zip(depths, self.stages, strict=True)):
             _require("d", f"stage {index}", depth, stage.depths)
         genes = {
             "ks": _gene_list("ks", ks, self.num_blocks, "blocks"),
@@ -239,7 +242,7 @@ class Space:
             )
         return self.path(ks=obj["ks"], e=obj["e"], d=obj["d"], resolution=obj.get("r"))
 
-    # Populations ----------------------------------------------------------------------------------------------------
+    # Populations --------------------------------------------------------------------------------------------
 
     def encode(self, paths: Iterable[Path]) -> NDArray[np.uint8]:
         """Code paths as a population.
@@ -272,7 +275,8 @@ class Space:
 
         Raises:
             TypeError: Not a uint8 array.
-            ValueError: Wrong shape, a code out of range, or a depth that is no choice; the text names row and block.
+            ValueError: Wrong shape, a code out of range, or a depth that is no choice; the text names row and
+                block.
         """
         coding.check(self, population)
 
@@ -281,14 +285,14 @@ class Space:
         counts = [(population[:, s] != 0).sum(axis=1, dtype=np.uint8) for s in self.stage_slices]
         return np.stack(counts, axis=1)
 
-    # Data -----------------------------------------------------------------------------------------------------------
+    # Data ---------------------------------------------------------------------------------------------------
 
     def for_classification(self) -> Space:
         """The same stages on the square canvas and at the resolutions for classification."""
         return replace(self, aspect=(1, 1), resolutions=self.classification_resolutions)
 
     def to_dict(self) -> dict[str, Any]:
-        """The description that `Space.from_dict` and YAML files use: plain dicts, lists, numbers and strings."""
+        """The description that `Space.from_dict` and YAML files use: dicts, lists, numbers and strings."""
         from pfnas_fast.space.description import to_dict
 
         return to_dict(self)
