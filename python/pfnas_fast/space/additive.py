@@ -23,10 +23,10 @@ from pfnas_fast.space.population import resolution_index
 from pfnas_fast.space.space import Space
 
 MEASURES = ("genes", "paths")
-_CHUNK = 1 << 17  # levels added at a time, so that the output stays in the first-level cache
+_CHUNK = 1 << 14  # levels added at a time, so that the output stays in the first-level cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdditiveCost:
     """Any cost that is a sum over blocks, for example a latency table.
 
@@ -87,14 +87,14 @@ class AdditiveCost:
 
 
 def common_step(space: Space, table: NDArray[np.float64]) -> float | None:
-    """Largest number of which every cost in a [num_blocks, num_codes] table is a multiple; None if not whole."""
+    """Largest whole number that divides every cost of a [num_blocks, num_codes] table, or None."""
     values = np.concatenate([table[b, 1 : n + 1] for b, n in enumerate(space.slot_sizes[:-1])])
     if (values != np.rint(values)).any() or values.max(initial=0) >= 2**53:
         return None
     return float(math.gcd(*(int(v) for v in values))) or None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """The costs of one resolution, rounded down to whole buckets, and a measure over paths.
 
@@ -120,7 +120,7 @@ class Grid:
 
     @cached_property
     def residual(self) -> tuple[float, float]:
-        """Bounds of (cost of a path - constant - step * its buckets); (0, 0) on the costs' own common step."""
+        """Bounds of (cost of a path - constant - step * its buckets); (0, 0) on the costs' common step."""
         return additive_range(self.space, self.table - self.step * self.buckets, 0.0)
 
     @cached_property
@@ -278,10 +278,10 @@ class Walker:
     ) -> NDArray[np.int64]:
         u = rng.random(len(first))
         low, high = self.cumulative[first], self.cumulative[end]
-        up = np.searchsorted(self.cumulative, low + u * (high - low), side="right") - 1
+        up = np.searchsorted(self.cumulative, _between(low, high, u), side="right") - 1
         low, high = self.cumulative_down[end], self.cumulative_down[first]
         reverse = self.cumulative_down[::-1]
-        down = len(reverse) - 1 - np.searchsorted(reverse, low + u * (high - low), side="right")
+        down = len(reverse) - 1 - np.searchsorted(reverse, _between(low, high, u), side="right")
         return np.clip(np.where(self._is_upper(first), down, up), first, end - 1)
 
     def _draw_choice(
@@ -296,8 +296,15 @@ class Walker:
         for code in range(1, size + 1):
             weights[code] = scale * self._after_choice[block][start - grid.buckets[block, code]]
         np.cumsum(weights, axis=0, out=weights)
-        u = np.minimum(rng.random(len(left)) * weights[-1], np.nextafter(weights[-1], 0.0))
+        u = _between(np.zeros(len(left)), weights[-1], rng.random(len(left)))
         return (weights > u).argmax(axis=0)
+
+
+def _between(
+    low: NDArray[np.float64], high: NDArray[np.float64], u: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """low + u * (high - low), kept below `high` whatever the rounding, so that what is drawn has mass."""
+    return np.minimum(low + u * (high - low), np.nextafter(high, low))
 
 
 def _padded(array: NDArray[np.float64], before: int, length: int) -> NDArray[np.float64]:

@@ -191,7 +191,9 @@ class BudgetSampler:
         if not 0 < window < 1:
             raise InputError(f"sample_log_uniform: expected 0 < window < 1, got {window!r}")
         if not low <= high or not self.feasible(low, high):
-            raise InputError(self._refusal(low_m or low, high_m or high, None))
+            raise InputError(
+                self._refusal(low if low_m is None else low_m, high if high_m is None else high_m, None)
+            )
         population = np.empty((n, self.space.num_slots), np.uint8)
         missing = np.arange(n)
         for _ in range(_MAX_ROUNDS):
@@ -268,7 +270,7 @@ class BudgetSampler:
     def _draw_resolutions(
         self, rng: np.random.Generator, lows: NDArray[np.float64], highs: NDArray[np.float64]
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """A resolution index for each window, uniform among those that may hold a path; where there is any."""
+        """A resolution index for each window, uniform among those that may hold a path; where one does."""
         possible = np.empty((len(lows), len(self.space.resolutions)), bool)
         unit = self.cost.unit
         for index, resolution in enumerate(self.space.resolutions):
@@ -305,8 +307,9 @@ class BudgetSampler:
             rows = np.flatnonzero(index == i)
             walker = self._walker(i, float((highs[rows] - lows[rows]).min()) * unit)
             first, end = walker.bucket_range(lows * unit, highs * unit)
-            rows = rows[walker.mass(first[rows], end[rows]) > 0]
-            missing.append(np.flatnonzero((index == i) & ~np.isin(np.arange(len(index)), rows)))
+            possible = walker.mass(first[rows], end[rows]) > 0
+            missing.append(rows[~possible])
+            rows = rows[possible]
             for _ in range(max_rounds):
                 if not len(rows):
                     break

@@ -48,7 +48,7 @@ def _conv_bn(in_channels: int, out_channels: int, area: int, kernel_size: int = 
 
 
 def _activation(channels: int, area: int, kind: str) -> Cost:
-    """An activation and its output: ReLU saves the output alone; h-swish its input, the next layer the output."""
+    """An activation and its output: ReLU saves the output; h-swish the input, and the next layer the output."""
     return Cost(saved=channels * area * (2 if kind == "hswish" else 1))
 
 
@@ -105,14 +105,15 @@ def neck_head_cost(
     """
     c = head.channels
     cost = Cost()
-    for channels, size in zip(tap_channels, tap_sizes):
+    for channels, size in zip(tap_channels, tap_sizes, strict=True):
         area = size[0] * size[1]
         cost += _conv_bn(channels, c, area) + _activation(c, area, "hswish")
         for _ in range(head.num_convs):
             depthwise = _conv(c, c, area, kernel_size=3, groups=c) + Cost(saved=c * area)
             cost += depthwise + _conv_bn(c, c, area) + _activation(c, area, "hswish")
-        predictors = _conv(c, num_classes + 5, area)
-        cost += predictors + Cost(params=1)
+        # One matrix for all predictors. Its whole output stays: the box scale keeps its four columns, a view;
+        # softplus keeps its input.
+        cost += _conv(c, num_classes + 5, area) + Cost(params=1, saved=(num_classes + 5 + 4) * area)
     shared = head.num_convs * (9 * c + c * c) + c * (num_classes + 5)
     return cost + Cost(params=num_classes + 5 - (len(tap_sizes) - 1) * shared)
 

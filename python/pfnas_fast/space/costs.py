@@ -32,8 +32,9 @@ class CostModel:
     forward of the reference backend: every distinct storage with a batch dimension that
     `torch.autograd.graph.saved_tensors_hooks` sees. Counted: the input image; inputs of convolutions, linear
     layers and BN; outputs of ReLU; inputs of h-swish and h-sigmoid; both factors of the SE product; in the
-    tail the dropout mask; in the head the outputs of the box activation. Not counted: parameters, kernels
-    derived from them, per-channel vectors, and the loss.
+    tail the dropout mask; in the head the raw predictions (the box scale keeps its columns of them) and the
+    inputs of the box softplus. Not counted: parameters, kernels derived from them, per-channel vectors, and
+    the loss.
 
     Args:
         space: The space; `space.for_classification()` for square classification inputs.
@@ -180,13 +181,17 @@ def additive_range(space: Space, table: NDArray[np.float64], constant: float) ->
     Returns:
         (smallest, largest), in the table's unit.
     """
-    low = high = constant
+    codes = np.zeros((2, space.num_slots), np.uint8)
+    codes[:, -1] = 1
     for stage, slots in zip(space.stages, space.stage_slices, strict=True):
-        choices = [table[b, 1 : space.slot_sizes[b] + 1] for b in range(slots.start, slots.stop)]
-        lows = np.cumsum([c.min() for c in choices])
-        highs = np.cumsum([c.max() for c in choices])
-        depths = np.array(stage.depths) - 1
-        low, high = low + lows[depths].min(), high + highs[depths].max()
+        depths = np.array(stage.depths)
+        for row, sign in enumerate((1.0, -1.0)):
+            choices = [sign * table[b, 1 : space.slot_sizes[b] + 1] for b in range(slots.start, slots.stop)]
+            total = np.cumsum([c.min() for c in choices])[depths - 1]
+            depth = depths[total.argmin()]
+            codes[row, slots][:depth] = [1 + c.argmin() for c in choices[:depth]]
+    # Summed like any population, so that the ends are what these two paths cost to the last bit.
+    low, high = gather_sum(codes, table[None], np.array([constant]))
     return float(low), float(high)
 
 

@@ -290,7 +290,8 @@ class _Section:
 
     def ascending(self, field: str, low: int, high: int) -> tuple[int, ...]:
         value = self.take(field)
-        good = isinstance(value, (list, tuple)) and len(value) > 0 and all(_is_int(v) for v in value)
-        if not good or any(a >= b for a, b in pairwise(value)) or value[0] < low or value[-1] > high:
+        values = tuple(value) if isinstance(value, (list, tuple)) else ()
+        good = len(values) > 0 and all(_is_int(v) and low <= v <= high for v in values)
+        if not good or any(a >= b for a, b in pairwise(values)):
             self.refuse(field, f"an ascending list of different ints from {low} to {high}", value)
-        return tuple(value)
+        return values

@@ -50,7 +50,7 @@ class Path:
         ]
         if len(self.kernel_sizes) != len(self.expand_ratios) or not all(same_skipped):
             raise ValueError(
-                "Path: expected kernel_sizes and expand_ratios of one length, 0 at the same (skipped) blocks, "
+                "Path: expected kernel_sizes and expand_ratios of one length, 0 at the same blocks, "
                 f"got {self.kernel_sizes} and {self.expand_ratios}"
             )
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coding of whole populations as uint8 arrays, and uniform sampling of them; no Python loop over paths'
-genes.
+"""Coding of whole populations as uint8 arrays, and uniform sampling of them.
 
 Slot b < num_blocks holds 0 (block skipped) or 1 + kernel_index * num_expand + expand_index; the last slot
 holds 1 + resolution_index. The code is canonical: equal subnets have equal rows.
@@ -55,7 +54,8 @@ def encode(space: Space, paths: list[Path]) -> NDArray[np.uint8]:
             row = int(np.argmin(match.any(axis=1)))
             raise InputError(
                 f"encode: expected kernel size in {block.kernel_sizes} and expand ratio in "
-                f"{block.expand_ratios} at block {b}, got {kernels[row, b]} and {expands[row, b]} (path {row})"
+                f"{block.expand_ratios} at block {b}, got {kernels[row, b]} and {expands[row, b]} "
+                f"(path {row})"
             )
         population[:, b] = match.argmax(axis=1)
     resolutions = np.array([p.resolution for p in paths])[:, None] == np.array(space.resolutions)
