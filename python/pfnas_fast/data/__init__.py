@@ -9,7 +9,9 @@ from pfnas_fast.data.folder import ClassificationData, load_classification
 from pfnas_fast.data.images import PAD_VALUE, check_images, letterbox, normalize, read_image, resize_batch
 from pfnas_fast.data.load import load_detection
 from pfnas_fast.data.loader import classification_batches, train_batches
+from pfnas_fast.data.matching import Evaluator, Matches
 from pfnas_fast.data.roles import DetectionData, Roles
+from pfnas_fast.data.voc_metric import voc_ap50
 
 __all__ = [
     "METRIC_NAMES",
@@ -22,6 +24,8 @@ __all__ = [
     "DetectionData",
     "DetectionDataset",
     "EvalImages",
+    "Evaluator",
+    "Matches",
     "Record",
     "Roles",
     "Target",
@@ -35,4 +39,5 @@ __all__ = [
     "read_image",
     "resize_batch",
     "train_batches",
+    "voc_ap50",
 ]

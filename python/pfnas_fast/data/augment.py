@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training-time augmentation of one image, driven by a numpy generator so that (seed, step, position) fixes every bit.
+"""Training-time augmentation of one image, driven by a numpy generator so that (seed, step, position) fixes
+every bit.
 
-The geometric part is one crop and one resize; the colour part is one 3x3 matrix and an offset per image, into which
-brightness, contrast, saturation and hue are folded (one small matrix product instead of four passes over the pixels).
+The geometric part is one crop and one resize; the colour part is one 3x3 matrix and an offset per image, into
+which brightness, contrast, saturation and hue are folded (one small matrix product instead of four passes
+over the pixels).
 """
 
 from __future__ import annotations
@@ -28,12 +30,13 @@ class Augmentation:
         flip: Probability of a left-right mirror; ignored for datasets whose `mirror` is false (digits).
         vertical_flip: Probability of an upside-down mirror, for pictures without an up (microscopy, aerial).
         zoom: Probability of a random scale and place; otherwise the image is letterboxed.
-        scale: Range of the scale against the letterbox, drawn log-uniformly: > 1 crops, < 1 pads.
+        scale: Range of the scale against the letterbox, drawn uniformly: > 1 crops, < 1 pads.
         aspect: Range of the stretch of width against height, drawn log-uniformly.
         colour: Probability of a colour change.
         brightness, contrast, saturation: Largest relative change.
         hue_degrees: Largest turn of the hue.
-        min_box_px: A box with a shorter side after cropping is dropped, like one whose centre has left the canvas.
+        min_box_px: A box with a shorter side after cropping is dropped, like one whose centre has left the
+            canvas.
     """
 
     flip: float = 0.5
@@ -106,15 +109,16 @@ def augment_detection(
         mirror: Whether the dataset allows mirroring.
 
     Returns:
-        uint8 [3, height, width] and its target. Boxes are clipped; one is dropped if its centre left the canvas or a side
-        became shorter than `augment.min_box_px`. Ignore regions are clipped and kept while any of them shows.
+        uint8 [3, height, width] and its target. Boxes are clipped; one is dropped if its centre left the
+        canvas or a side became shorter than `augment.min_box_px`. Ignore regions are clipped and kept while
+        any of them shows.
     """
     height, width = canvas
     h, w = image.shape[1:]
     scale_x = scale_y = min(height / h, width / w)
     left = top = 0.0
     if rng.random() < augment.zoom:
-        zoom, stretch = _log_uniform(rng, augment.scale), _log_uniform(rng, augment.aspect) ** 0.5
+        zoom, stretch = rng.uniform(*augment.scale), _log_uniform(rng, augment.aspect) ** 0.5
         scale_x, scale_y = scale_x * zoom * stretch, scale_y * zoom / stretch
         left = rng.uniform(*sorted((0.0, width - w * scale_x)))
         top = rng.uniform(*sorted((0.0, height - h * scale_y)))
@@ -123,7 +127,8 @@ def augment_detection(
     out = torch.full((3, height, width), PAD_VALUE, dtype=torch.uint8)
     crop = image[:, rows.source[0] : rows.source[1], columns.source[0] : columns.source[1]]
     size = (rows.target[1] - rows.target[0], columns.target[1] - columns.target[0])
-    out[:, rows.target[0] : rows.target[1], columns.target[0] : columns.target[1]] = resize(crop, size)
+    crop = vary_colour(resize(crop, size), augment, rng)  # before the padding, which keeps its value
+    out[:, rows.target[0] : rows.target[1], columns.target[0] : columns.target[1]] = crop
     gain = torch.tensor([columns.scale, rows.scale] * 2)
     shift = torch.tensor([columns.offset, rows.offset] * 2)
     boxes, ignore = target.boxes * gain + shift, target.ignore_boxes * gain + shift
@@ -135,7 +140,6 @@ def augment_detection(
     if flip_y:
         out = out.flip(1)
         boxes, ignore = _mirror(boxes, 1, height), _mirror(ignore, 1, height)
-    out = vary_colour(out, augment, rng)
     return out, _visible(Target(boxes, target.labels, ignore), canvas, augment.min_box_px)
 
 
@@ -170,19 +174,18 @@ def vary_colour(
         return image
     brightness = 1 + augment.brightness * draws[0]
     contrast = 1 + augment.contrast * draws[1]
-    matrix = _saturate(1 + augment.saturation * draws[2]) @ _turn_hue(
-        np.radians(augment.hue_degrees * draws[3])
-    )
+    hue = _turn_hue(np.radians(augment.hue_degrees * draws[3]))
+    matrix = brightness * contrast * _saturate(1 + augment.saturation * draws[2]) @ hue
     pixels = image.reshape(3, -1).float()
     grey = float(_LUMA @ pixels.mean(1).numpy().astype(np.float64))
-    matrix = torch.from_numpy(brightness * contrast * matrix).float()
-    out = torch.addmm(torch.full((3, 1), brightness * (1 - contrast) * grey + 0.5), matrix, pixels)
+    offset = torch.full((3, 1), brightness * (1 - contrast) * grey + 0.5)  # 0.5: the cast truncates
+    out = torch.addmm(offset, torch.from_numpy(matrix).float(), pixels)
     return out.clamp_(0, 255).to(torch.uint8).reshape(image.shape)
 
 
 @dataclass(frozen=True)
 class _Placement:
-    """One axis of a crop and resize: whole-px source and target ranges, and the map x -> x * scale + offset they imply."""
+    """One axis of a crop and resize: whole-px ranges, and the map x -> x * scale + offset they imply."""
 
     source: tuple[int, int]
     target: tuple[int, int]
@@ -197,7 +200,7 @@ class _Placement:
 
 
 def _place(start: float, scale: float, length: int, canvas: int) -> _Placement:
-    """Put `length` px, scaled, at `start` on a canvas; what sticks out is cropped. Both ranges hold at least one px."""
+    """Put `length` px, scaled, at `start` on a canvas and crop what sticks out; at least one px is kept."""
     first = min(length - 1, max(0, int(np.floor(-start / scale))))
     last = max(first + 1, min(length, int(np.ceil((canvas - start) / scale))))
     begin = min(canvas - 1, max(0, round(start + first * scale)))

@@ -60,9 +60,9 @@ def read_coco(
 ) -> DetectionDataset:
     """Read one COCO annotation file.
 
-    Ids may have holes; labels count from 0 by ascending category id, or follow `class_names`. Crowds become ignore regions,
-    images without boxes stay. A box that sticks out of its image by at most 1 px is clipped; a box without area is dropped
-    with a warning.
+    Images come in order of their ids. Ids may have holes; labels count from 0 by ascending category id, or
+    follow `class_names`. Crowds become ignore regions, images without boxes stay. A box that sticks out of
+    its image by at most 1 px is clipped; a box without area is dropped with a warning.
 
     Args:
         annotations: The JSON file.
@@ -71,8 +71,8 @@ def read_coco(
         check_files: Whether every image file has to exist.
 
     Raises:
-        InputError: not COCO JSON; unknown image or category id; class names that differ from `class_names`; a box outside
-            its image (names file and box); a missing image file.
+        InputError: not COCO JSON; unknown image or category id; class names that differ from `class_names`; a
+            box outside its image (names file and box); a missing image file.
     """
     content = _load_json(annotations)
     categories = _categories(content, annotations)
@@ -84,13 +84,15 @@ def read_coco(
     dropped = 0
     records = []
     _check_distinct_ids(content["images"], annotations)
-    for image in content["images"]:
+    # the order in which the COCO tools rank detections of equal score
+    for image in sorted(content["images"], key=lambda image: (isinstance(image["id"], str), image["id"])):
         record, num_dropped = _record(image, grouped.pop(image["id"], []), labels, annotations, images)
         dropped += num_dropped
         records.append(record)
     if grouped:
         raise InputError(
-            f"load_detection: expected known image ids for annotations in {annotations}, got {next(iter(grouped))!r}"
+            f"load_detection: expected known image ids for annotations in {annotations}, "
+            f"got {next(iter(grouped))!r}"
         )
     if dropped:
         warnings.warn(f"{annotations}: {dropped} boxes without area dropped", stacklevel=2)
@@ -113,7 +115,8 @@ def check_files_exist(records: Sequence[Record]) -> None:
     missing = [r.source for r in records if not Path(r.source).is_file()]
     if missing:
         raise InputError(
-            f"load_detection: expected an image file {missing[0]}, got no such file ({len(missing)} missing in all)"
+            f"load_detection: expected an image file {missing[0]}, got no such file "
+            f"({len(missing)} missing in all)"
         )
 
 
@@ -128,7 +131,8 @@ def clip_box(box: np.ndarray, width: int, height: int, where: str) -> np.ndarray
     if bad or (box < -MAX_OVERHANG_PX).any() or (box > size + MAX_OVERHANG_PX).any():
         numbers = ", ".join(f"{v:g}" for v in box)
         raise InputError(
-            f"load_detection: expected a box inside the {width}x{height} px image for {where}, got x1, y1, x2, y2 = {numbers}"
+            f"load_detection: expected a box inside the {width}x{height} px image for {where}, "
+            f"got x1, y1, x2, y2 = {numbers}"
         )
     return np.clip(box, 0, size)
 
@@ -203,7 +207,8 @@ def _record(
             raise InputError(f"load_detection: expected bbox [x, y, width, height] for {where}, got {box}")
         if annotation.get("category_id") not in labels:
             raise InputError(
-                f"load_detection: expected a listed category_id for {where}, got {annotation.get('category_id')}"
+                f"load_detection: expected a listed category_id for {where}, "
+                f"got {annotation.get('category_id')}"
             )
         x, y, w, h = (float(v) for v in box)
         xyxy = clip_box(np.array([x, y, x + w, y + h]), width, height, where)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Datasets: records of what is in each image, and pixels that are read only when asked for.
 
-Every `read` is recorded in the dataset's `reads`. A split that no stage may look at yet can so be proved untouched:
-``assert not data.test.reads``. Subsets made with `subset` keep a log of their own.
+Every `read` is recorded in the dataset's `reads`. A split that no stage may look at yet can so be proved
+untouched: ``assert not data.test.reads``. Subsets made with `subset` keep a log of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Target:
     Attributes:
         boxes: [n, 4] float32, xyxy px of the image they belong to.
         labels: [n] int64, 0-based.
-        ignore_boxes: [m, 4] float32, xyxy px: regions (crowds, difficult objects) where a detection is neither right nor wrong.
+        ignore_boxes: [m, 4] float32, xyxy px: regions (crowds, difficult objects) where a detection is
+            neither right nor wrong.
     """
 
     boxes: Tensor
@@ -59,7 +60,8 @@ class Record:
         boxes: [n, 4] float64, xyxy px, inside the image.
         labels: [n] int64, 0-based.
         ignore: [n] bool: COCO `iscrowd`, VOC `difficult`.
-        areas: [n] float64, px^2, as annotated (COCO: area of the mask); decides small / medium / large in evaluation.
+        areas: [n] float64, px^2, as annotated (COCO: area of the mask); decides small / medium / large in
+            evaluation.
     """
 
     image_id: str
@@ -84,6 +86,8 @@ class DetectionDataset:
         mirror: Whether a mirrored image is still a natural one (false for digits).
         on_read: Called with each record that is read, if given.
         reads: Ids of the images read so far through this object.
+        calib: Training images on which BatchNorm is recalibrated before a path is evaluated on these (None:
+            not known).
     """
 
     name: str
@@ -93,6 +97,7 @@ class DetectionDataset:
     mirror: bool = True
     on_read: Callable[[Record], None] | None = None
     reads: set[str] = field(default_factory=set)
+    calib: DetectionDataset | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -132,7 +137,13 @@ class DetectionDataset:
         """The images `indices`, in that order, as a dataset with a read log of its own."""
         records = tuple(self.records[int(i)] for i in indices)
         return DetectionDataset(
-            name or self.name, self.class_names, records, self.reader, self.mirror, self.on_read
+            name or self.name,
+            self.class_names,
+            records,
+            self.reader,
+            self.mirror,
+            self.on_read,
+            calib=self.calib,
         )
 
 

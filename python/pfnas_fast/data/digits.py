@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded data: real handwritten digits, alone and composed into cluttered scenes.
 
-The 1,797 digits are those of scikit-learn's `load_digits` (8x8 px, UCI, collected by E. Alpaydin and C. Kaynak). They are
-divided by instance into train / val / test before anything is composed, and this division, like the scenes, is fixed: it
-depends on no seed of a run, so a network pre-trained on single digits has never met a digit of a val or test scene.
+The 1,797 digits are those of scikit-learn's `load_digits` (8x8 px, UCI, collected by E. Alpaydin and C.
+Kaynak). They are divided by instance into train / val / test before anything is composed, and this division,
+like the scenes, is fixed: it depends on no seed of a run, so a network pre-trained on single digits has never
+met a digit of a val or test scene.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ VIEW_SIZE = 64
 DIGIT_NAMES = tuple("0123456789")
 NUM_SCENES = {"train": 400, "val": 100, "test": 100}
 _VIEWS_PER_DIGIT = 3
+_WORK = 72  # px at which digits are turned and sheared
 _SEED = 20130321  # of the set itself
 _STREAM_INSTANCES, _STREAM_SCENES, _STREAM_VIEWS = 1, 2, 3
 _SPLIT_SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
@@ -31,7 +33,7 @@ _SPLIT_SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 
 @dataclass(frozen=True)
 class _Glyph:
-    """How one digit is drawn: top left corner and size in px, angle in degrees, ink threshold, grey step to its ground."""
+    """How a digit is drawn: corner and size in px, angle in degrees, ink threshold, grey step to ground."""
 
     instance: int
     x: int
@@ -50,12 +52,14 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise InputError(
-            "load: expected scikit-learn to be installed for source 'digits', got none (pip install scikit-learn)"
+            "load: expected scikit-learn to be installed for source 'digits', got none "
+            "(pip install scikit-learn)"
         ) from error
     data = load_digits()
     return (data.images / 16).astype(np.float32), data.target.astype(np.int64)
 
 
+@lru_cache(maxsize=1)
 def digit_instances() -> dict[str, np.ndarray]:
     """Indices of the handwritten digits of each split; disjoint, fixed."""
     labels = _digits()[1]
@@ -71,7 +75,7 @@ def digit_scenes() -> dict[str, DetectionDataset]:
 
 
 def digit_views() -> dict[str, ClassificationDataset]:
-    """The classification set: each digit of a split three times, on other grounds, 64x64 px, rendered when read."""
+    """The classification set: each digit three times on other grounds, 64x64 px, rendered when read."""
     labels = _digits()[1]
     views = {}
     for split, instances in digit_instances().items():
@@ -128,7 +132,7 @@ def _scene_rng(split: str, index: int, part: int) -> np.random.Generator:
 
 
 def _draw_glyph(rng: np.random.Generator, instance: int, width: int, height: int) -> _Glyph:
-    size = int(round(np.exp(rng.uniform(np.log(14), np.log(70)))))
+    size = round(float(np.exp(rng.uniform(np.log(14), np.log(70)))))
     return _Glyph(
         instance=instance,
         x=int(rng.integers(0, width - size + 1)),
@@ -143,36 +147,38 @@ def _draw_glyph(rng: np.random.Generator, instance: int, width: int, height: int
 
 @lru_cache(maxsize=4096)
 def _glyph_alpha(glyph: _Glyph) -> np.ndarray:
-    """Opacity of a digit, [size, size] float32 in 0..1, its ink filling the height of the square."""
-    pixels = _digits()[0][glyph.instance]
-    big = Image.fromarray(np.pad(pixels, 2)).resize((96, 96), Image.Resampling.BICUBIC)
+    """Opacity of a digit, [size, size] float32 in 0..1; its ink fills the longer side of the square."""
+    middle = _WORK / 2
+    pixels = np.pad(_digits()[0][glyph.instance], 2)
+    big = Image.fromarray(pixels).resize((_WORK, _WORK), Image.Resampling.BICUBIC)
     cos, sin = np.cos(np.radians(glyph.angle)), np.sin(np.radians(glyph.angle))
     a, b, d, e = cos, sin + glyph.shear, -sin, cos
-    warped = big.transform(
-        (96, 96),
-        Image.Transform.AFFINE,
-        (a, b, 48 - 48 * (a + b), d, e, 48 - 48 * (d + e)),
+    matrix = (a, b, middle * (1 - a - b), d, e, middle * (1 - d - e))
+    warped = big.transform(big.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    rows, columns = _extent(np.asarray(warped) > glyph.ink)
+    half = max(rows[1] - rows[0], columns[1] - columns[0]) / 2 + 1
+    x, y = (columns[0] + columns[1]) / 2, (rows[0] + rows[1]) / 2
+    patch = warped.resize(
+        (glyph.size, glyph.size),
         Image.Resampling.BICUBIC,
-    )
-    ink = np.asarray(warped) > glyph.ink
-    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
-    side = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 3
-    centre = (rows[0] + rows[-1] + 1) / 2, (columns[0] + columns[-1] + 1) / 2
-    region = (centre[1] - side / 2, centre[0] - side / 2, centre[1] + side / 2, centre[0] + side / 2)
-    patch = warped.transform((96, 96), Image.Transform.EXTENT, region, Image.Resampling.BICUBIC).resize(
-        (glyph.size, glyph.size), Image.Resampling.BOX if glyph.size < 96 else Image.Resampling.BICUBIC
+        box=(max(0.0, x - half), max(0.0, y - half), min(_WORK, x + half), min(_WORK, y + half)),
     )
     softness = 0.12 + 1.5 / glyph.size  # about one px of blur at the stroke's edge
     return np.clip((np.asarray(patch) - glyph.ink) / softness + 0.5, 0, 1)
 
 
-def _ink_box(glyph: _Glyph) -> tuple[float, float, float, float]:
-    """Tight box of the ink in scene px, xyxy."""
-    ink = _glyph_alpha(glyph) > 0.5
+def _extent(ink: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
+    """First row and end row, first column and end column of a mask; the whole of an empty one."""
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
     if not rows.size:
-        return glyph.x, glyph.y, glyph.x + glyph.size, glyph.y + glyph.size
-    return glyph.x + columns[0], glyph.y + rows[0], glyph.x + columns[-1] + 1, glyph.y + rows[-1] + 1
+        return (0, ink.shape[0]), (0, ink.shape[1])
+    return (int(rows[0]), int(rows[-1]) + 1), (int(columns[0]), int(columns[-1]) + 1)
+
+
+def _ink_box(glyph: _Glyph) -> tuple[float, float, float, float]:
+    """Tight box of the ink in scene px, xyxy."""
+    rows, columns = _extent(_glyph_alpha(glyph) > 0.5)
+    return glyph.x + columns[0], glyph.y + rows[0], glyph.x + columns[1], glyph.y + rows[1]
 
 
 def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
@@ -231,6 +237,7 @@ def _ground(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 def _add_strokes(canvas: np.ndarray, rng: np.random.Generator, count: int) -> None:
     """Blend `count` random pen strokes (arcs, lines, hooks) into the canvas, in place."""
     height, width = canvas.shape[:2]
+    mean = canvas.mean((0, 1))
     for _ in range(count):
         mask = Image.new("L", (2 * width, 2 * height))
         draw = ImageDraw.Draw(mask)
@@ -251,9 +258,15 @@ def _add_strokes(canvas: np.ndarray, rng: np.random.Generator, count: int) -> No
                 width=thickness,
                 joint="curve",
             )
-        alpha = np.asarray(mask.reduce(2), dtype=np.float32)[..., None] / 255
-        colour = canvas.mean((0, 1)) + rng.choice([-1, 1]) * rng.uniform(20, 110) + rng.normal(size=3) * 25
-        canvas += alpha * (colour.astype(np.float32) - canvas)
+        mask = mask.reduce(2)
+        step = rng.choice([-1, 1]) * rng.uniform(20, 110) + rng.normal(size=3) * 25
+        extent = mask.getbbox()
+        if extent is None:
+            continue
+        x0, y0, x1, y1 = extent
+        region = canvas[y0:y1, x0:x1]
+        alpha = np.asarray(mask.crop(extent), dtype=np.float32)[..., None] / 255
+        region += alpha * ((mean + step).astype(np.float32) - region)
 
 
 def _scramble(alpha: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -273,7 +286,7 @@ def _paint(
     alpha: np.ndarray,
     keep_clear: list[tuple[float, ...]],
 ) -> None:
-    """Blend a glyph into the canvas in a colour `contrast` away from the ground under it, unless it hits a `keep_clear` box."""
+    """Blend a glyph in, in a colour `contrast` away from its ground, unless it hits a `keep_clear` box."""
     box = (glyph.x, glyph.y, glyph.x + glyph.size, glyph.y + glyph.size)
     noise = rng.normal(size=3) * 22
     if any(_overlap(box, other) > 0.1 for other in keep_clear):

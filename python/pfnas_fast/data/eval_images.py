@@ -18,12 +18,14 @@ CACHE_BYTES = 2 << 30
 class EvalImages:
     """A dataset's images at one canvas, without augmentation.
 
-    Decoded at once and kept as one uint8 tensor; a set that takes more than 2 GiB is decoded anew for every pass.
+    Decoded at once and kept as one uint8 tensor; a set that takes more than 2 GiB is decoded anew for every
+    pass.
 
     Args:
         dataset: What to show.
         canvas: (height, width) px.
-        fit: "letterbox" (detection, BN recalibration) or "crop": shorter side to the canvas, centre crop (classification).
+        fit: "letterbox" (detection, BN recalibration) or "crop": shorter side to the canvas, centre crop
+            (classification).
 
     Raises:
         InputError: an empty dataset, an unknown `fit`, an unreadable image.
@@ -88,7 +90,7 @@ class EvalImages:
                 yield self._images[start:stop]
 
     def to_original(self, index: int, boxes: Tensor) -> Tensor:
-        """Map boxes [n, 4] (xyxy px of the canvas) of image `index` to px of the original image, clipped to it."""
+        """Map boxes [n, 4], xyxy px of the canvas, to px of original image `index`, clipped to it."""
         if not isinstance(self.dataset, DetectionDataset):
             raise InputError(
                 "EvalImages.to_original: expected a detection dataset, got a classification dataset"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """COCO and Pascal VOC average precision.
 
-`evaluate` runs pycocotools itself. `Evaluator` computes the same twelve numbers (a test holds them equal) in one
-vectorised pass, for the hundreds of evaluations that labelling paths takes.
+`evaluate` runs pycocotools itself. `Evaluator` computes the same twelve numbers (a test holds them equal) in
+one vectorised pass, for the hundreds of evaluations that labelling paths takes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ METRIC_NAMES = (
 
 
 class DetectionLike(Protocol):
-    """Detections of one image: boxes [n, 4] xyxy px of the original image, scores [n], labels [n]; tensors or arrays."""
+    """Detections of an image: boxes [n, 4] xyxy px of the original, scores [n], labels [n]; any arrays."""
 
     boxes: Any
     scores: Any
@@ -48,7 +48,8 @@ def evaluate(
 ) -> dict[str, float]:
     """The twelve COCO numbers, by pycocotools.
 
-    Ignore regions (crowds, difficult objects) count as COCO crowds: a detection that lies mostly in one is not counted.
+    Ignore regions (crowds, difficult objects) count as COCO crowds: a detection that lies mostly in one is
+    not counted.
 
     Args:
         dataset: Ground truth.
@@ -56,18 +57,19 @@ def evaluate(
         indices: Images to evaluate; None for all.
 
     Returns:
-        `METRIC_NAMES` -> value in 0..1, or -1 where there is no ground truth to judge by (as pycocotools has it). No
-        detections at all give 0.
+        `METRIC_NAMES` -> value in 0..1, or -1 where there is no ground truth to judge by (as pycocotools has
+        it). No detections at all give 0.
 
     Raises:
-        InputError: number of detections and images differ, label outside the classes, shapes disagree, or a box or score
-            that is not finite.
+        InputError: number of detections and images differ, label outside the classes, shapes disagree, or a
+            box or score that is not finite.
 
     Example:
         >>> from pfnas_fast.data import load_detection
-        >>> from types import SimpleNamespace
+        >>> from collections import namedtuple
+        >>> Found = namedtuple("Found", "boxes scores labels")
         >>> val = load_detection("digits").select
-        >>> perfect = [SimpleNamespace(boxes=r.boxes, scores=np.ones(len(r.labels)), labels=r.labels) for r in val.records]
+        >>> perfect = [Found(r.boxes, 0 * r.areas, r.labels) for r in val.records]
         >>> round(evaluate(val, perfect)["ap50"], 6)
         1.0
     """
@@ -120,8 +122,8 @@ def detection_arrays(
         labels = _array(detection.labels, np.int64)
         if not len(boxes) == len(scores) == len(labels):
             raise InputError(
-                f"{caller}: expected as many boxes as scores and labels for detections[{i}], got {len(boxes)}, "
-                f"{len(scores)}, {len(labels)}"
+                f"{caller}: expected as many boxes as scores and labels for detections[{i}], got "
+                f"{len(boxes)}, {len(scores)}, {len(labels)}"
             )
         if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
             raise InputError(
@@ -129,8 +131,8 @@ def detection_arrays(
             )
         if len(labels) and not 0 <= labels.min() <= labels.max() < dataset.num_classes:
             raise InputError(
-                f"{caller}: expected labels in 0..{dataset.num_classes - 1} for detections[{i}], got {labels.min()}.."
-                f"{labels.max()}"
+                f"{caller}: expected labels in 0..{dataset.num_classes - 1} for detections[{i}], "
+                f"got {labels.min()}..{labels.max()}"
             )
         arrays.append((boxes, scores, labels))
     return arrays

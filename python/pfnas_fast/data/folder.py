@@ -50,8 +50,9 @@ def load_classification(source: str | Path, *, val: float = 0.1, seed: int = 0) 
     """Load a classification set.
 
     Args:
-        source: A folder with `train/{class}/` and (optionally) `val/{class}/`, a folder of class folders, or "digits" for
-            the embedded handwritten digits. Without a val folder `val` of each class's images is carved, by `seed`.
+        source: A folder with `train/{class}/` and (optionally) `val/{class}/`, a folder of class folders, or
+            "digits" for the embedded handwritten digits. Without a val folder `val` of each class's images is
+            carved, by `seed`.
         val: Share of the images to carve, above 0 and below 1.
         seed: Draws the images that are carved.
 
@@ -59,8 +60,8 @@ def load_classification(source: str | Path, *, val: float = 0.1, seed: int = 0) 
         The training and validation datasets, labels in alphabetical order of the classes.
 
     Raises:
-        InputError: no such folder, fewer than two classes, an empty class folder, classes that differ between train and
-            val, too few images to carve from.
+        InputError: no such folder, fewer than two classes, an empty class folder, classes that differ between
+            train and val, too few images to carve from.
 
     Example:
         >>> data = load_classification("digits")

@@ -39,7 +39,8 @@ def read_image(path: str | Path) -> Tensor:
 def read_record(record: Record) -> Tensor:
     """Decode the file of a detection record and check its size against the annotation.
 
-    An orientation tag is applied exactly if the annotated size is that of the turned image (annotation tools differ).
+    An orientation tag is applied exactly if the annotated size is that of the turned image (annotation tools
+    differ).
 
     Raises:
         InputError: undecodable, or neither orientation has the annotated size; by file name.
@@ -112,7 +113,7 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def shrink_to(image: Tensor, canvas: tuple[int, int], factor: float) -> Tensor:
-    """Shrink an image until it would just fit a canvas `factor` times as large; a smaller one is returned as it is."""
+    """Shrink an image until it just fits a canvas `factor` times as large; a smaller one is kept as it is."""
     scale = factor * min(canvas[0] / image.shape[1], canvas[1] / image.shape[2])
     if scale >= 1:
         return image
@@ -158,7 +159,8 @@ def resize_batch(
         canvas: (height, width) px.
 
     Returns:
-        Images [N, 3, height, width] and the targets scaled alike; the very same objects if the canvas is theirs already.
+        Images [N, 3, height, width] and the targets scaled alike; the very same objects if the canvas is
+        theirs already.
 
     Raises:
         InputError: the canvas has another aspect (rounding to whole px allowed).
@@ -173,7 +175,8 @@ def resize_batch(
         return images, targets
     if abs(height * canvas[1] - width * canvas[0]) > max(height, width, *canvas):
         raise InputError(
-            f"resize_batch: expected a canvas of aspect {width}:{height} for canvas, got {canvas[1]}x{canvas[0]} px"
+            f"resize_batch: expected a canvas of aspect {width}:{height} for canvas, "
+            f"got {canvas[1]}x{canvas[0]} px"
         )
     scale = torch.tensor([canvas[1] / width, canvas[0] / height] * 2)
     scaled = [Target(t.boxes * scale, t.labels, t.ignore_boxes * scale) for t in targets]
@@ -185,10 +188,11 @@ def check_images(
 ) -> int:
     """Find unreadable images before a long job starts.
 
-    With `decode` every image is decoded as `read` does it, and recorded in the dataset's read log: right for the splits that
-    the coming stages may read. `decode=False` is for splits whose stage has not come (select, test): it reads no pixels and
-    leaves the log alone; it looks at the header (format, annotated size) and, for JPEG and PNG, at whether the file has its
-    end. Only a file that fails this is decoded to be sure; the answer is yes or no, no pixel gets out.
+    With `decode` every image is decoded as `read` does it, and recorded in the dataset's read log: right for
+    the splits that the coming stages may read. `decode=False` is for splits whose stage has not come (select,
+    test): it reads no pixels and leaves the log alone; it looks at the header (format, annotated size) and,
+    for JPEG and PNG, at whether the file has its end. Only a file that fails this is decoded to be sure; the
+    answer is yes or no, no pixel gets out.
 
     Args:
         datasets: Any number of datasets.
@@ -224,7 +228,8 @@ def check_images(
             ", ..." if len(bad) > 5 else ""
         )
         raise InputError(
-            f"check_images: expected readable images for dataset, got {len(bad)} unreadable ({names}); first: {bad[0][1]}"
+            f"check_images: expected readable images for dataset, got {len(bad)} unreadable "
+            f"({names}); first: {bad[0][1]}"
         )
     return len(jobs)
 

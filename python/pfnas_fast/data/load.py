@@ -23,9 +23,9 @@ def load_detection(
     Only annotations are read here; pixels when they are needed.
 
     Args:
-        source: A folder in COCO layout (`annotations/instances_{train,val,test}.json` with `images/{split}/` or
-            `{split}/`), a Pascal VOC folder (`VOCdevkit/VOC2012/...`, several years are joined), or "digits" for the
-            embedded set (a folder of that name is reached as "./digits").
+        source: A folder in COCO layout (`annotations/instances_{train,val,test}.json` with `images/{split}/`
+            or `{split}/`), a Pascal VOC folder (`VOCdevkit/VOC2012/...`, several years are joined), or
+            "digits" for the embedded set (a folder of that name is reached as "./digits").
         roles: Sizes of the roles.
         seed: Draws which images are carved, labelled and used for calibration.
         fraction: Share of the training images to keep, above 0 and at most 1.
@@ -34,8 +34,8 @@ def load_detection(
         One dataset per role.
 
     Raises:
-        InputError: unknown folder layout, unreadable annotations, a box outside its image, classes that differ between
-            splits, missing image files, an empty split.
+        InputError: unknown folder layout, unreadable annotations, a box outside its image, classes that
+            differ between splits, missing image files, an empty split.
 
     Example:
         >>> data = load_detection("digits")
@@ -61,8 +61,8 @@ def _read_splits(source: str | Path) -> tuple[dict[str, DetectionDataset], str]:
     if years:
         return read_voc(years), "voc"
     raise InputError(
-        "load_detection: expected annotations/instances_train.json (COCO) or VOCdevkit/VOC*/Annotations (Pascal VOC) in "
-        f"source, got {folder} with {_listing(folder)}"
+        "load_detection: expected annotations/instances_train.json (COCO) or VOCdevkit/VOC*/Annotations "
+        f"(Pascal VOC) in source, got {folder} with {_listing(folder)}"
     )
 
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training batches as a function of (seed, step): resuming at any step gives the batches an uninterrupted run would see.
+"""Training batches as a function of (seed, step): resuming at any step gives the batches an uninterrupted run
+would see.
 
-Position p of step s takes element s * batch_size + p of an endless sequence of seeded permutations ("epochs"), and its
-augmentation draws from a generator of (seed, s, p) alone. Worker processes therefore change nothing but the speed.
+Position p of step s takes element s * batch_size + p of an endless sequence of seeded permutations
+("epochs"), and its augmentation draws from a generator of (seed, s, p) alone. Worker processes therefore
+change nothing but the speed.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ def train_batches(
         num_workers: Worker processes; 0 prepares batches in this one. The batches are the same.
 
     Yields:
-        Batches; boxes in px of the canvas. Decoded images are kept in memory, shrunk to what the augmentation can show, as
-        long as they fit into 2 GiB.
+        Batches; boxes in px of the canvas. Decoded images are kept in memory, shrunk to what the augmentation
+        can show, as long as they fit into 2 GiB.
 
     Raises:
         InputError: an empty dataset, a bad size, an unreadable image.
@@ -91,7 +93,8 @@ def classification_batches(
     augment: ClassificationAugmentation | None = None,
     num_workers: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield classification batches: images uint8 [N, 3, H, W] and labels int64 [N]; arguments as in `train_batches`.
+    """Yield classification batches: images uint8 [N, 3, H, W] and labels int64 [N]; arguments as in
+    `train_batches`.
 
     Raises:
         InputError: an empty dataset, a bad size, an unreadable image.
@@ -109,7 +112,7 @@ def classification_batches(
 
 
 class PixelCache:
-    """Decoded images, shrunk to `zoom` times what fits the canvas, kept while they take at most `max_bytes`."""
+    """Decoded images, at most `zoom` times what fits the canvas, kept while they take at most `max_bytes`."""
 
     def __init__(
         self,

@@ -110,9 +110,10 @@ def assign_roles(
 ) -> DetectionData:
     """Turn the splits that the data come with into roles.
 
-    `select` = val and `test` = test. Without a test split val becomes `test` and `select` is carved from train; without val
-    `select` is carved from train; with train alone both are. Carving does not depend on `fraction`, and a smaller fraction
-    keeps a subset of a larger one's images, so runs that differ in `fraction` are comparable.
+    `select` = val and `test` = test. Without a test split val becomes `test` and `select` is carved from
+    train; without val `select` is carved from train; with train alone both are. Carving does not depend on
+    `fraction`, and a smaller fraction keeps a subset of a larger one's images, so runs that differ in
+    `fraction` are comparable.
 
     Raises:
         InputError: no training split; an empty split or role; an image in two splits.
@@ -149,10 +150,12 @@ def assign_roles(
             f"{fit.size + label.size} (fraction {fraction:g})"
         )
     num_calib = min(roles.calib, fit.size)
-    calib = np.sort(np.random.default_rng([seed, _STREAM_CALIB]).permutation(fit)[:num_calib])
-    return DetectionData(
+    calib = train.subset(
+        np.sort(np.random.default_rng([seed, _STREAM_CALIB]).permutation(fit)[:num_calib]), "calib"
+    )
+    data = DetectionData(
         fit=train.subset(fit, "fit"),
-        calib=train.subset(calib, "calib"),
+        calib=calib,
         label=train.subset(label, "label"),
         select=select.subset(range(len(select)), "select"),
         test=test.subset(range(len(test)), "test"),
@@ -161,12 +164,15 @@ def assign_roles(
         seed=seed,
         fraction=fraction,
     )
+    for dataset in (data.label, data.select, data.test):
+        dataset.calib = calib
+    return data
 
 
 def _fit_and_label(
     rest: np.ndarray, share: float, seed: int, fraction: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Deal a permutation to fit and label card by card, so that every prefix of it has the same share of labels."""
+    """Deal a permutation to fit and label one by one, so that every prefix has the same share of labels."""
     dealt = np.random.default_rng([seed, _STREAM_TRAIN]).permutation(rest)
     kept = dealt[: max(1, round(fraction * len(dealt)))] if len(dealt) else dealt
     counts = np.ceil(np.round(np.arange(len(kept) + 1) * share, 9)).astype(np.int64)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pascal VOC: `VOCdevkit/VOC{year}` with `Annotations/*.xml`, `JPEGImages`, `ImageSets/Main/{train,val,test}.txt`.
+"""Pascal VOC: `VOCdevkit/VOC{year}` with `Annotations/*.xml`, `JPEGImages`,
+`ImageSets/Main/{train,val,test}.txt`.
 
 VOC pixels are counted from 1 and boxes include their last pixel: a box of the file becomes
 [xmin - 1, ymin - 1, xmax, ymax] in the continuous coordinates used everywhere here.
@@ -17,14 +18,32 @@ from pfnas_fast.data.datasets import DetectionDataset, Record
 from pfnas_fast.data.images import read_record
 from pfnas_fast.errors import InputError
 
-VOC_CLASSES = tuple(
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep sofa "
-    "train tvmonitor".split()
+VOC_CLASSES = (
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
 )
 
 
 def find_voc_years(folder: Path) -> list[Path]:
-    """The folders that hold `Annotations` and `ImageSets/Main`, in `folder`, its `VOCdevkit` or itself; empty if none."""
+    """The folders with `Annotations` and `ImageSets/Main` in `folder`, its `VOCdevkit` or itself."""
     candidates = [folder, *sorted(folder.glob("VOC[0-9]*")), *sorted(folder.glob("VOCdevkit/*"))]
     return [c for c in candidates if (c / "Annotations").is_dir() and (c / "ImageSets" / "Main").is_dir()]
 
@@ -32,12 +51,12 @@ def find_voc_years(folder: Path) -> list[Path]:
 def read_voc(years: list[Path]) -> dict[str, DetectionDataset]:
     """Read every split of one or more VOC years; splits of the same name are joined.
 
-    The classes are VOC's twenty if no other name occurs, else the names of the training split in alphabetical order.
-    `trainval` stands in for `train` where a year has no `train.txt`.
+    The classes are VOC's twenty if no other name occurs, else the names of the training split in alphabetical
+    order. `trainval` stands in for `train` where a year has no `train.txt`.
 
     Raises:
-        InputError: unreadable list or XML, missing image, box outside its image, or a class that the training split
-            lacks; all by file name.
+        InputError: unreadable list or XML, missing image, box outside its image, or a class that the training
+            split lacks; all by file name.
     """
     raw = {split: _read_split(years, split) for split in ("train", "val", "test")}
     raw = {split: items for split, items in raw.items() if items}
