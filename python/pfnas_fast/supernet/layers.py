@@ -149,11 +149,7 @@ class DynamicDepthwiseConv2d(nn.Module):
         Raises:
             InputError: the layer does not offer `kernel_size`.
         """
-        if kernel_size not in self.kernel_sizes:
-            raise InputError(
-                f"DynamicDepthwiseConv2d: expected one of {self.kernel_sizes} for kernel_size, "
-                f"got {kernel_size}"
-            )
+        self._check_kernel_size(kernel_size)
         weight = self.weight
         if channels != weight.shape[0]:
             weight = weight[:channels]
@@ -165,8 +161,13 @@ class DynamicDepthwiseConv2d(nn.Module):
         return weight
 
     def forward(self, x: Tensor, kernel_size: int) -> Tensor:
-        """Convolve `x` [N, C, H, W] (C at most the bank's) to [N, C, ceil(H / stride), ceil(W / stride)]."""
+        """Convolve `x` [N, C, H, W] (C at most the bank's) to [N, C, ceil(H / stride), ceil(W / stride)].
+
+        Raises:
+            InputError: the layer does not offer `kernel_size`.
+        """
         if self._op is not None:
+            self._check_kernel_size(kernel_size)
             matrices = self._parameters
             return self._op(
                 x,
@@ -179,6 +180,13 @@ class DynamicDepthwiseConv2d(nn.Module):
         channels = x.shape[1]
         weight = self.active_weight(channels, kernel_size)
         return F.conv2d(x, weight, None, self.stride, kernel_size // 2, 1, channels)
+
+    def _check_kernel_size(self, kernel_size: int) -> None:
+        if kernel_size not in self.kernel_sizes:
+            raise InputError(
+                f"DynamicDepthwiseConv2d: expected one of {self.kernel_sizes} for kernel_size, "
+                f"got {kernel_size}"
+            )
 
     def extra_repr(self) -> str:
         backend = "reference" if self._op is None else "fast"

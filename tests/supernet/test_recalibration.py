@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics per path: exact, and never left behind in the model."""
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from pfnas_fast.errors import InputError
+from pfnas_fast.space import load_space, uniform_population
+from pfnas_fast.supernet import (
+    Backbone,
+    BNStatistics,
+    ClassificationSupernet,
+    DynamicBatchNorm2d,
+    recalibrate,
+    set_running_statistics,
+    use_statistics,
+)
+from torch import Tensor, nn
+
+
+@pytest.fixture
+def net() -> ClassificationSupernet:
+    torch.manual_seed(0)
+    return ClassificationSupernet(load_space("tiny"), num_classes=4)
+
+
+@pytest.fixture
+def batches() -> list[Tensor]:
+    torch.manual_seed(1)
+    return [
+        torch.randn(n, 3, 64, 64) * scale + shift for n, scale, shift in ((5, 1, 0), (3, 2, 1), (2, 0.5, -3))
+    ]
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    state: dict[str, object] = {name: value.clone() for name, value in model.state_dict().items()}
+    state.update({"mode " + name: module.training for name, module in model.named_modules()})
+    for name, module in model.named_modules():
+        if isinstance(module, DynamicBatchNorm2d):
+            state["lent " + name] = (module.statistics is None, module.collector is None)
+    return state
+
+
+def assert_same(before: dict[str, object], after: dict[str, object]) -> None:
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        same = torch.equal(value, after[name]) if isinstance(value, Tensor) else value == after[name]
+        assert same, name
+
+
+def test_moments_are_those_of_all_values_at_once(net, batches) -> None:
+    """Unequal batches with very different means: averaging their variances would be far off."""
+    statistics = recalibrate(net, net.space.min_path(), batches)
+    mean, var = statistics.layers["backbone.stem.bn"]
+    with torch.no_grad():
+        values = torch.cat([net.backbone.stem.conv(b) for b in batches]).double()
+    torch.testing.assert_close(mean.double(), values.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(var.double(), values.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-6)
+
+
+def test_one_batch_reproduces_training_mode(net, batches) -> None:
+    path = net.space.max_path()
+    statistics = recalibrate(net, path, batches[:1])
+    net.tail.dropout.p = 0.0
+    with torch.no_grad():
+        trained = net.train()(batches[0], path)
+        with use_statistics(net, statistics):
+            assert not net.training
+            evaluated = net(batches[0], path)
+    assert float(evaluated.std()) > 1e-3
+    torch.testing.assert_close(evaluated, trained, rtol=1e-4, atol=1e-5)
+
+
+def test_covers_exactly_the_layers_of_the_path_in_its_widths(net, batches) -> None:
+    space = net.space
+    for path in space.decode(uniform_population(space, np.random.default_rng(0), 3)):
+        statistics = recalibrate(net, path, batches)
+        expected = {
+            "backbone.stem.bn": 8,
+            "backbone.first_block.depth.bn": 8,
+            "backbone.first_block.project.bn": 8,
+        }
+        expected["tail.feature.bn"] = space.tail.feature_channels
+        for block in space.blocks:
+            if block.position < path.depths[block.stage]:
+                name, mid = (
+                    f"backbone.blocks.{block.index}",
+                    block.mid_channels(path.expand_ratios[block.index]),
+                )
+                expected.update({f"{name}.expand_bn": mid, f"{name}.depth_bn": mid})
+                expected[f"{name}.project_bn"] = block.out_channels
+        assert {n: mean.shape[0] for n, (mean, _) in statistics.layers.items()} == expected
+        assert all(
+            mean.shape == var.shape and not mean.requires_grad for mean, var in statistics.layers.values()
+        )
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_leaves_the_model_as_it_was(net, batches, training: bool) -> None:
+    net.train(training)
+    net.backbone.stem.bn.eval()  # a frozen layer must stay frozen
+    before = snapshot(net)
+    statistics = recalibrate(net, net.space.min_path(), batches)
+    with use_statistics(net, statistics):
+        net(batches[0], net.space.min_path())
+    assert_same(before, snapshot(net))
+
+
+def test_restores_after_exceptions(net, batches) -> None:
+    before = snapshot(net)
+
+    def failing():
+        yield batches[0]
+        raise KeyError("disk")
+
+    with pytest.raises(KeyError, match="disk"):
+        recalibrate(net, None, failing())
+    assert_same(before, snapshot(net))
+    statistics = recalibrate(net, None, batches)
+    with pytest.raises(KeyError, match="inside"), use_statistics(net, statistics):
+        raise KeyError("inside")
+    assert_same(before, snapshot(net))
+
+
+def test_contexts_nest(net, batches) -> None:
+    path, x = net.space.min_path(), batches[0]
+    first, second = recalibrate(net, path, batches[:1]), recalibrate(net, path, batches[1:])
+    with torch.no_grad(), use_statistics(net, first):
+        expected = net(x, path)
+        with use_statistics(net, second):
+            assert not torch.equal(net(x, path), expected)
+        assert torch.equal(net(x, path), expected)
+
+
+def test_recalibrating_inside_lent_statistics_measures_afresh(net, batches) -> None:
+    path = net.space.min_path()
+    plain, other = recalibrate(net, path, batches), recalibrate(net, path, batches[:1])
+    with use_statistics(net, other):
+        nested = recalibrate(net, path, batches)
+    for name, (mean, var) in plain.layers.items():
+        assert torch.equal(nested.layers[name][0], mean)
+        assert torch.equal(nested.layers[name][1], var)
+
+
+def test_statistics_of_another_path_are_refused(net, batches) -> None:
+    space = net.space
+    narrow, wide = space.path(ks=3, e=2, d=2), space.path(ks=3, e=3, d=2)
+    deep = space.path(ks=3, e=2, d=3)
+    with use_statistics(net, recalibrate(net, narrow, batches)):
+        with pytest.raises(InputError, match=r"expected statistics of 24 channels .* got 16 channels"):
+            net(batches[0], wide)
+        with pytest.raises(InputError, match="got 0 channels"):
+            net(batches[0], deep)
+
+
+def test_statistics_of_another_model_are_refused(net, batches) -> None:
+    statistics = recalibrate(net, None, batches)
+    with (
+        pytest.raises(InputError, match=r"got the layer 'backbone\.stem\.bn'"),
+        use_statistics(net.backbone, statistics),
+    ):
+        pass
+    with use_statistics(net.backbone, statistics.within("backbone")):
+        net.backbone(batches[0], net.active_path)
+
+
+def test_any_module_with_dynamic_norms_through_a_callable(batches) -> None:
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = Backbone(load_space("tiny"))
+            self.levels = nn.ModuleList(DynamicBatchNorm2d(c) for c in self.trunk.space.tap_channels)
+
+    model = Detector()
+    path = model.trunk.space.min_path()
+
+    def forward(images: Tensor) -> list[Tensor]:
+        return [norm(f) for norm, f in zip(model.levels, model.trunk(images, path), strict=True)]
+
+    statistics = recalibrate(model, None, batches, forward=forward)
+    assert {"levels.0", "levels.1", "levels.2"} <= statistics.layers.keys()
+    with torch.no_grad(), use_statistics(model, recalibrate(model, None, batches[:1], forward=forward)):
+        normalised = forward(batches[0])
+    for feature in normalised:
+        torch.testing.assert_close(feature.mean((0, 2, 3)), torch.zeros(feature.shape[1]), rtol=0, atol=1e-4)
+
+
+def test_a_layer_used_twice_pools_both_uses() -> None:
+    norm = DynamicBatchNorm2d(3)
+    x, y = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 2, 2) + 5
+    statistics = recalibrate(norm, None, [x], forward=lambda images: (norm(images), norm(y)))
+    values = torch.cat([x.flatten(2), y.flatten(2)], dim=2)
+    mean, var = statistics.layers[""]
+    torch.testing.assert_close(mean, values.mean((0, 2)))
+    torch.testing.assert_close(var, values.var((0, 2), correction=0))
+
+
+def test_what_cannot_be_measured_is_refused(net) -> None:
+    with pytest.raises(InputError, match="expected at least one batch for batches, got none"):
+        recalibrate(net, None, [])
+    with pytest.raises(InputError, match="expected a model with DynamicBatchNorm2d, got Linear"):
+        recalibrate(nn.Linear(2, 2), None, [])
+    with pytest.raises(
+        InputError, match=r"more than one value per channel .* got input \(1, \d+, 1, 1\) at backbone"
+    ):
+        recalibrate(net, None, [torch.randn(1, 3, 32, 32)])
+
+
+def test_statistics_travel_through_files(net, batches) -> None:
+    statistics = recalibrate(net, None, batches)
+    buffer = io.BytesIO()
+    torch.save(statistics.to_dict(), buffer)
+    buffer.seek(0)
+    loaded = BNStatistics.from_dict(torch.load(buffer, weights_only=True))
+    for other in (loaded, pickle.loads(pickle.dumps(statistics))):
+        assert other.layers.keys() == statistics.layers.keys()
+        for name, pair in statistics.layers.items():
+            assert all(torch.equal(a, b) for a, b in zip(pair, other.layers[name], strict=True))
+    with pytest.raises(TypeError):
+        statistics.layers["backbone.stem.bn"] = (torch.zeros(1), torch.zeros(1))  # type: ignore[index]
+    with pytest.raises(InputError, match="expected 'mean' and 'var' with the same layers for entries"):
+        BNStatistics.from_dict({"mean": {}})
+
+
+def test_set_running_statistics_writes_the_active_slices(net, batches) -> None:
+    path = net.set_active_subnet(ks=3, e=2, d=1)
+    before = snapshot(net)
+    statistics = set_running_statistics(net, [(images, None) for images in batches])
+    norm = net.backbone.blocks[0].depth_bn
+    mid = statistics.layers["backbone.blocks.0.depth_bn"][0].shape[0]
+    assert torch.equal(norm.running_mean[:mid], statistics.layers["backbone.blocks.0.depth_bn"][0])
+    assert torch.equal(norm.running_mean[mid:], before["backbone.blocks.0.depth_bn.running_mean"][mid:])
+    assert torch.equal(norm.weight, before["backbone.blocks.0.depth_bn.weight"])
+    with torch.no_grad():
+        plain = net.eval()(batches[0])
+        with use_statistics(net, recalibrate(net, path, batches)):
+            torch.testing.assert_close(net(batches[0], path), plain)
