@@ -202,15 +202,12 @@ def _record(
     boxes, classes, crowds, areas = [], [], [], []
     for annotation in annotations:
         where = f"{name}, annotation {annotation.get('id')} of {path.name}"
-        box = annotation.get("bbox")
-        if not isinstance(box, list) or len(box) != 4:
-            raise InputError(f"load_detection: expected bbox [x, y, width, height] for {where}, got {box}")
+        x, y, w, h = _numbers(annotation.get("bbox"), where)
         if annotation.get("category_id") not in labels:
             raise InputError(
                 f"load_detection: expected a listed category_id for {where}, "
                 f"got {annotation.get('category_id')}"
             )
-        x, y, w, h = (float(v) for v in box)
         xyxy = clip_box(np.array([x, y, x + w, y + h]), width, height, where)
         if xyxy[2] <= xyxy[0] or xyxy[3] <= xyxy[1]:
             continue
@@ -229,3 +226,9 @@ def _record(
         areas=np.array(areas, dtype=np.float64),
     )
     return record, len(annotations) - len(boxes)
+
+
+def _numbers(box: Any, where: str) -> list[float]:
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
+        raise InputError(f"load_detection: expected bbox [x, y, width, height] for {where}, got {box}")
+    return [float(v) for v in box]
