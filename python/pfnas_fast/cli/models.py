@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that work on one exported detector."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+
+import torch
+from torch import Tensor, nn
+
+from pfnas_fast.data import evaluate, load_detection, read_image
+from pfnas_fast.detection import Detector
+from pfnas_fast.errors import InputError
+from pfnas_fast.report.draw import draw_boxes, write_png
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_EXPORT_TOLERANCE = 1e-4
+
+
+def validate(model: FilePath, data: str, split: str, seed: int) -> dict[str, float]:
+    """The 12 COCO numbers of an exported detector on one role of a data set.
+
+    Raises:
+        InputError: not a detector, an unknown split, or classes that differ from the detector's.
+    """
+    detector = Detector.load(model)
+    roles = load_detection(data, seed=seed).roles()
+    if split not in roles:
+        raise InputError(f"val: expected one of {', '.join(roles)} for --split, got {split!r}")
+    dataset = roles[split]
+    if tuple(dataset.class_names) != tuple(detector.class_names):
+        raise InputError(f"val: expected the classes {list(detector.class_names)} in --data, got {list(dataset.class_names)}")
+    detections = [detector.predict(dataset.read(i), score_threshold=0.05) for i in range(len(dataset))]
+    return evaluate(dataset, detections)
+
+
+def predict_files(model: FilePath, images: Sequence[FilePath], out: FilePath, threshold: float) -> int:
+    """Detect in every image, draw the boxes, and write all detections to `detections.json`; returns the number of images.
+
+    Raises:
+        InputError: not a detector, no image, a missing file or one that cannot be decoded.
+    """
+    detector = Detector.load(model)
+    files = _list_images(images)
+    out.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for file in files:
+        image = read_image(file)
+        detection = detector.predict(image, score_threshold=min(threshold, 0.05))
+        write_png(out / f"{file.stem}.png", draw_boxes(image, detection, detector.class_names, threshold=threshold))
+        kept = detection.scores >= threshold
+        found[str(file)] = [
+            {"box_xyxy_px": [round(v, 2) for v in box], "score": round(score, 4), "class": detector.class_names[label]}
+            for box, score, label in zip(
+                detection.boxes[kept].tolist(), detection.scores[kept].tolist(), detection.labels[kept].tolist(), strict=True
+            )
+        ]
+    (out / "detections.json").write_text(json.dumps(found, indent=1) + "\n")
+    return len(files)
+
+
+def export_model(model: FilePath, out: FilePath) -> str:
+    """Write the dense network as ONNX or torch.export program, run it again, and compare.
+
+    Returns:
+        One line that says what was written and how far it is from the original.
+
+    Raises:
+        InputError: an unknown suffix, a missing converter, or a result that differs by more than 1e-4.
+    """
+    detector = Detector.load(model)
+    example = torch.rand(1, 3, *detector.canvas)
+    dense = _Dense(detector).eval()
+    with torch.no_grad():
+        expected = dense(example)
+    if out.suffix == ".pt2":
+        torch.export.save(torch.export.export(dense, (example,)), str(out))
+        actual = torch.export.load(str(out)).module()(example)
+    elif out.suffix == ".onnx":
+        actual = _export_onnx(dense, example, out)
+    else:
+        raise InputError(f"export: expected a file name ending in .onnx or .pt2 for --out, got {str(out)!r}")
+    difference = max(float((a - e).abs().max()) for a, e in zip(actual, expected, strict=True))
+    if not difference <= _EXPORT_TOLERANCE:
+        raise InputError(f"export: expected outputs equal to {_EXPORT_TOLERANCE:g}, got a difference of {difference:g}; {out} is not usable")
+    height, width = detector.canvas
+    return f"{out}: input [1, 3, {height}, {width}], outputs logits, boxes (px), centerness; differs by {difference:.1e} from the original"
+
+
+class _Dense(nn.Module):
+    """Normalised canvas in; logits [1, L, K], boxes xyxy px [1, L, 4] and centerness logits [1, L] out."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        output = self.detector.dense(images)
+        return output.logits, output.boxes, output.centerness
+
+
+def _export_onnx(dense: nn.Module, example: Tensor, out: FilePath) -> list[Tensor]:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch.onnx needs it
+    except ImportError as error:
+        raise InputError(f"export: expected the packages onnx, onnxscript and onnxruntime for a .onnx file, got: {error}") from error
+    torch.onnx.export(dense, (example,), str(out), dynamo=True, input_names=["images"], output_names=["logits", "boxes", "centerness"])
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(array) for array in session.run(None, {"images": example.numpy()})]
+
+
+def _list_images(images: Sequence[FilePath]) -> list[FilePath]:
+    files: list[FilePath] = []
+    for item in images:
+        if item.is_dir():
+            files += sorted(file for file in item.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES)
+        elif item.is_file():
+            files.append(item)
+        else:
+            raise InputError(f"predict: expected an image file or folder for images, got {str(item)!r}")
+    if not files:
+        raise InputError(f"predict: expected at least one image in {[str(item) for item in images]}, got none")
+    return files

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that decides the result of a run, in one frozen, printable object."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path as FilePath
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from pfnas_fast.errors import InputError
+
+SCHEDULES = ("sandwich", "progressive", "single")
+SAMPLERS = ("uniform", "balanced", "bestup", "random_prune", "filter_unconditioned", "path_filter")
+BACKENDS = ("fast", "reference")
+PRESETS: dict[str, dict[str, Any]] = {
+    # Once-for-All as published (arXiv:1908.09791): progressive shrinking, uniform paths, one frozen teacher.
+    "ofa": {"schedule": "progressive", "sampler": "uniform"},
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The settings of one run; steps, never seconds, so that a run can be repeated and resumed exactly.
+
+    `train_steps` and `warmup_steps` are counted in sandwich steps (largest + smallest + two free paths). Another
+    schedule gets as many steps of its own as cost the same multiply-accumulates (`train.schedules.equal_compute_steps`).
+    """
+
+    # What is trained on what.
+    data: str = "digits"
+    pretrain_data: str = "digits"
+    space: str = "tiny"
+    backend: str = "fast"
+    device: str = "cpu"
+    seed: int = 0
+    # Roles of images (docs/method.md).
+    label_fraction: float = 0.2
+    calib_images: int = 128
+    train_fraction: float = 1.0
+    # How paths are trained, and which.
+    schedule: str = "sandwich"
+    sampler: str = "path_filter"
+    keep: float = 0.3
+    epsilon: float = 0.1
+    force_filter: bool = False
+    # S0: classification.
+    pretrain: bool = True
+    pretrain_steps: int = 600
+    pretrain_batch_size: int = 48
+    pretrain_learning_rate: float = 2e-3
+    # S2 and S6: detection.
+    warmup_steps: int = 500
+    train_steps: int = 1000
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.02
+    distill_after: float = 0.2
+    distill_weight: float = 1.0
+    ema_decay: float = 0.995
+    hflip: bool = True
+    vflip: bool = False
+    num_workers: int = 0
+    checkpoint_every: int = 100
+    # S3 to S5: labels and filter.
+    num_bins: int = 8
+    labels_per_bin: int = 16
+    filter_members: int = 5
+    # S7, S8 and the report.
+    num_budgets: int = 6
+    max_macs_m: float | None = None
+    search_resolution: int | None = None
+    search_iterations: int = 200
+    candidates_per_budget: int = 6
+    random_paths: int = 20
+    report_budgets: int = 3
+    finetune_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("schedule", self.schedule, SCHEDULES)
+        _check_choice("sampler", self.sampler, SAMPLERS)
+        _check_choice("backend", self.backend, BACKENDS)
+        for name in ("label_fraction", "train_fraction", "keep"):
+            value = getattr(self, name)
+            if not 0.0 < value <= 1.0:
+                raise InputError(f"config: expected a fraction in (0, 1] for {name}, got {value!r}")
+        if self.label_fraction > 0.8:
+            raise InputError(f"config: expected at most 0.8 for label_fraction, got {self.label_fraction!r}")
+        if not 0.0 <= self.epsilon <= 1.0:
+            raise InputError(f"config: expected a probability in [0, 1] for epsilon, got {self.epsilon!r}")
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise InputError(f"config: expected at least 1 for {name}, got {getattr(self, name)!r}")
+        for name in ("pretrain_learning_rate", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"config: expected a positive number for {name}, got {getattr(self, name)!r}")
+        for name in ("finetune_steps", "num_workers"):
+            if getattr(self, name) < 0:
+                raise InputError(f"config: expected at least 0 for {name}, got {getattr(self, name)!r}")
+
+    @property
+    def uses_filter(self) -> bool:
+        """Whether training after the warm-up is steered by a filter (so labels come before S6, not after)."""
+        return self.sampler in ("path_filter", "filter_unconditioned", "bestup")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+_AT_LEAST_ONE = (
+    "calib_images", "pretrain_steps", "pretrain_batch_size", "warmup_steps", "train_steps", "batch_size", "num_bins",
+    "labels_per_bin", "filter_members", "num_budgets", "search_iterations", "candidates_per_budget", "random_paths",
+    "report_budgets", "checkpoint_every",
+)  # fmt: skip
+
+
+def make_config(
+    *, recipe: str = "default", preset: str | None = None, overrides: dict[str, Any] | None = None, assignments: list[str] | None = None
+) -> RunConfig:
+    """Put a configuration together: recipe, then preset, then named options, then `key=value` assignments.
+
+    Args:
+        recipe: A shipped recipe (`default`, `demo`, `voc`, `coco`) or a YAML file of `RunConfig` fields.
+        preset: `"ofa"` or None.
+        overrides: Field values; None values are passed over.
+        assignments: Texts `key=value` with a YAML value, as given to `--set`.
+
+    Raises:
+        InputError: unknown recipe, preset or field, or a value of the wrong type or out of range.
+
+    Example:
+        >>> make_config(recipe="demo", assignments=["train_steps=10"]).train_steps
+        10
+    """
+    values = _read_recipe(recipe)
+    if preset is not None:
+        _check_choice("preset", preset, tuple(PRESETS))
+        values.update(PRESETS[preset])
+    values.update({key: value for key, value in (overrides or {}).items() if value is not None})
+    for text in assignments or []:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise InputError(f"config: expected key=value for --set, got {text!r}")
+        values[key.strip()] = yaml.safe_load(value)
+    return config_from_dict(values)
+
+
+def config_from_dict(values: dict[str, Any]) -> RunConfig:
+    """Check names and types of `values` and build the configuration."""
+    hints = get_type_hints(RunConfig)
+    checked = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise InputError(f"config: expected one of {', '.join(sorted(hints))} for a setting, got {key!r}")
+        checked[key] = _convert(key, value, hints[key])
+    return RunConfig(**checked)
+
+
+def load_config(file: FilePath) -> RunConfig:
+    """Read a `config.yaml` that a run wrote."""
+    return config_from_dict(yaml.safe_load(file.read_text()))
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    folder = resources.files("pfnas_fast.run") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _read_recipe(recipe: str) -> dict[str, Any]:
+    if recipe in recipe_names():
+        text = (resources.files("pfnas_fast.run") / "recipes" / f"{recipe}.yaml").read_text()
+    elif FilePath(recipe).is_file():
+        text = FilePath(recipe).read_text()
+    else:
+        raise InputError(f"config: expected one of {', '.join(recipe_names())} or a YAML file for recipe, got {recipe!r}")
+    values = yaml.safe_load(text) or {}
+    if not isinstance(values, dict):
+        raise InputError(f"config: expected a mapping of settings in recipe {recipe!r}, got {type(values).__name__}")
+    return values
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    """Accept exactly the declared type; an int is a fine float, and a YAML float such as 1e-3 may arrive as text."""
+    allowed = get_args(hint) or (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    if float in allowed and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif type(value) in allowed:
+        return value
+    names = " or ".join(item.__name__ for item in allowed if item is not type(None))
+    raise InputError(f"config: expected {names} for {key}, got {value!r}")
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"config: expected one of {', '.join(allowed)} for {name}, got {value!r}")

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""S7, S8 and the report: search, export, and the only look at the test images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pfnas_fast.data import check_images, voc_ap50
+from pfnas_fast.filter import BudgetThresholds, PathFilter
+from pfnas_fast.report.draw import draw_detections
+from pfnas_fast.report.plots import plot_front
+from pfnas_fast.run.finetune import finetune_front
+from pfnas_fast.run.job import Job, measure_drift, measure_labels
+from pfnas_fast.search import EvolutionConfig, search
+from pfnas_fast.space import BudgetSampler, CostModel, Path
+from pfnas_fast.train import Labels, PathEvaluator, label_paths
+from pfnas_fast.train.engine import stream_id
+
+_RANDOM_WINDOW = (0.93, 1.0)  # a random path counts as "of the same budget" within 7 % below the searched path's MACs
+
+
+def search_budgets_m(cost: CostModel, *, num_budgets: int, max_macs_m: float | None) -> list[float]:
+    """Budgets evenly spaced in log MACs, from a little above the cheapest path to the dearest (or `max_macs_m`)."""
+    low, high = cost.range_m()
+    if max_macs_m is not None:
+        cost.check_budget_m(max_macs_m, argument="max_macs_m")
+        high = min(high, max_macs_m)
+    low = min(low * 1.1, high)
+    return [float(value) for value in np.exp(np.linspace(np.log(low), np.log(high), num_budgets))]
+
+
+def run_search(job: Job) -> None:
+    """S7: candidates by predicted rank, the front by real AP on `select`; S8: export it."""
+    config, run = job.config, job.run
+    check_images(job.data.select)
+    budgets = search_budgets_m(job.cost, num_budgets=config.num_budgets, max_macs_m=config.max_macs_m)
+    flt = search_filter(job)
+    pruned = None
+    if config.sampler == "path_filter" and run.read_json("filter/report.json")["filter_used"]:
+        pruned = BudgetThresholds.from_state_dict(run.read_json("filter/thresholds.json"), job.load_filter(), job.cost)
+    net = job.load_net("train")
+    front = search(
+        net, flt, budgets_macs_m=budgets, select=job.data.select, calib=job.data.calib, pruned=pruned,
+        candidates_per_budget=config.candidates_per_budget, resolution=config.search_resolution,
+        config=EvolutionConfig(iterations=config.search_iterations), run=run, progress=job.progress,
+    )  # fmt: skip
+    for member in front:
+        with run.atomic(f"best/{model_name(member.macs_m)}") as temporary:
+            member.export().save(temporary)
+    run.write_json("search.json", {"budgets_m": budgets, "candidates": front.num_candidates, "macs_t": front.macs_t})
+    run.write_json("pareto.json", [member.to_json() for member in front])
+
+
+def search_filter(job: Job) -> PathFilter:
+    """The predictor of the search: fitted to all labels, those made after a filtered training included.
+
+    Labels from before and after differ in level and spread, so each set is standardised by itself; a pairwise loss
+    between sets then asks only what is true of both.
+    """
+    sets = [measure_labels(job)]
+    if job.config.uses_filter:
+        sets.append(measure_drift(job))
+    values, noise = [], []
+    for labels in sets:
+        spread = max(float(labels.label.std()), 1e-9)
+        values.append((labels.label - labels.label.mean()) / spread)
+        noise.append(np.full(len(labels.paths), labels.label_sd / spread))
+    paths = [path for labels in sets for path in labels.paths]
+    macs_m = np.concatenate([labels.macs_m for labels in sets])
+    flt = PathFilter(job.space, cost=job.cost, condition=job.filter_condition, num_members=job.config.filter_members)
+    return flt.fit(paths, np.concatenate(values), macs_m, label_sd=np.concatenate(noise), seed=job.config.seed)
+
+
+def model_name(macs_m: float) -> str:
+    """File name of an exported detector."""
+    return f"{macs_m:.2f}m.pt"
+
+
+def run_report(job: Job) -> None:
+    """Read `test` once: the front, random paths of the same budgets, correlations, compute, pictures."""
+    run, config = job.run, job.config
+    entries = run.read_json("pareto.json")
+    check_images(job.data.test)
+    net = job.load_net("train")
+    front = [job.space.path_from_json(entry["path"]) for entry in entries]
+    on_test = _measure(job, net, front, "front_test")
+    report: dict[str, Any] = {
+        "config": {"space": config.space, "schedule": config.schedule, "sampler": config.sampler, "seed": config.seed},
+        "images": {role: len(dataset) for role, dataset in job.data.roles().items()},
+        "front": [
+            {**entry, "model": f"best/{model_name(entry['macs_m'])}", "ap_test": on_test.values["ap"][i], "ap50_test": on_test.values["ap50"][i]}
+            for i, entry in enumerate(entries)
+        ],
+    }
+    if job.data.kind == "voc":
+        _add_voc(job, net, front, report["front"])
+    random = _random_paths(job, front)
+    on_random = _measure(job, net, [path for group in random.values() for path in group], "random_test")
+    report["against_random"] = _against_random(front, on_test, random, on_random)
+    report["spans"] = _spans(front, job.cost)
+    report["macs_ap_correlation"] = _correlations(job, on_random)
+    report["filter_used"] = run.read_json("filter/report.json")["filter_used"]
+    report["compute"] = compute_ledger(job)
+    if config.finetune_steps:
+        report["finetuned"] = finetune_front(job, net, front)
+    plot_front(run.path("pareto.png"), {run.folder.name: report})
+    _draw(job, net, front)
+    run.write_json("report.json", report)
+
+
+def _measure(job: Job, net: Any, paths: list[Path], stage: str) -> Labels:
+    return label_paths(
+        net, job.data.test, paths=paths, num_bins=job.config.num_bins, calib=job.data.calib, run=job.run, stage=stage,
+        progress=job.progress,
+    )  # fmt: skip
+
+
+def _random_paths(job: Job, front: list[Path]) -> dict[int, list[Path]]:
+    """For evenly spaced members of the front: random paths (gene measure) of their budget; index in front -> paths."""
+    chosen = np.unique(np.round(np.linspace(0, len(front) - 1, max(3, job.config.report_budgets) + 2)[1:-1]).astype(int))
+    if len(front) <= 3:
+        chosen = np.arange(len(front))
+    sampler = BudgetSampler(job.cost)
+    rng = np.random.default_rng([job.config.seed, stream_id("random_test")])
+    groups = {}
+    for index in chosen.tolist():
+        macs_m = job.cost.path_macs_m(front[index])
+        low, high = macs_m * _RANDOM_WINDOW[0], macs_m * _RANDOM_WINDOW[1]
+        if not sampler.feasible(low, high):
+            continue
+        resolutions = rng.choice(sampler.feasible(low, high), job.config.random_paths)
+        populations = [sampler.sample(rng, 1, low, high, int(resolution)) for resolution in resolutions]
+        groups[index] = job.space.decode(np.concatenate(populations))
+    return groups
+
+
+def _against_random(front: list[Path], on_test: Labels, random: dict[int, list[Path]], on_random: Labels) -> list[dict[str, Any]]:
+    rows, start = [], 0
+    for index, group in random.items():
+        values = {name: on_random.values[name][start : start + len(group)] for name in ("ap", "ap50")}
+        start += len(group)
+        row: dict[str, Any] = {"macs_m": float(on_test.macs_m[index]), "num_random": len(group)}
+        for name, found in values.items():
+            searched = float(on_test.values[name][index])
+            row[name] = {
+                "searched": searched,
+                "random_mean": float(found.mean()),
+                "random_sd": float(found.std(ddof=1)) if len(found) > 1 else 0.0,
+                "random_max": float(found.max()),
+                "random_beaten": float((found < searched).mean()),
+            }
+        rows.append(row)
+    return rows
+
+
+def _spans(front: list[Path], cost: CostModel) -> dict[str, dict[str, float]]:
+    """Span of the front in MACs, per resolution (a span over resolutions says nothing about the genes)."""
+    spans = {}
+    for resolution in sorted({path.resolution for path in front}):
+        macs_m = [cost.path_macs_m(path) for path in front if path.resolution == resolution]
+        spans[str(resolution)] = {"num": len(macs_m), "low_m": min(macs_m), "high_m": max(macs_m), "ratio": max(macs_m) / min(macs_m)}
+    return spans
+
+
+def _correlations(job: Job, on_random: Labels) -> dict[str, dict[str, float]]:
+    """Pearson and Kendall correlation of log MACs with AP over every path measured on the same images."""
+    from scipy import stats
+
+    sets = {"label": measure_labels(job), "random_test": on_random}
+    result = {}
+    for name, labels in sets.items():
+        if len(labels.paths) < 3 or np.ptp(labels.ap) == 0:
+            continue
+        log_macs = np.log(labels.macs_m)
+        pearson, kendall = stats.pearsonr(log_macs, labels.ap), stats.kendalltau(log_macs, labels.ap)
+        result[name] = {"num": len(labels.paths), "pearson": float(pearson.statistic), "kendall": float(kendall.statistic)}
+    return result
+
+
+def compute_ledger(job: Job) -> dict[str, dict[str, float]]:
+    """MACs executed (10^12) and seconds per stage, distillation, labelling and recalibration included."""
+    ledger: dict[str, dict[str, float]] = {}
+    for stage in ("pretrain", "warmup", "train"):
+        if job.run.has_checkpoint(stage):
+            state = job.run.load(stage)
+            ledger[stage] = {"macs_t": float(state["macs_t"]), "seconds": float(state["seconds"])}
+    seconds: dict[str, dict[int, float]] = {}
+    for line in job.run.read_log("measured"):
+        seconds.setdefault(line["stage"], {})[line["index"]] = line["seconds"]
+    sets = {"labels": measure_labels(job).macs_t, "candidates": job.run.read_json("search.json")["macs_t"]}
+    if job.config.uses_filter:
+        sets["relabels"] = measure_drift(job).macs_t
+    for stage, macs_t in sets.items():
+        ledger[stage] = {"macs_t": macs_t, "seconds": sum(seconds.get(stage, {}).values())}
+    total = {key: sum(entry[key] for entry in ledger.values()) for key in ("macs_t", "seconds")}
+    return {**ledger, "total": total}
+
+
+def _add_voc(job: Job, net: Any, front: list[Path], rows: list[dict[str, Any]]) -> None:
+    evaluator = PathEvaluator(net, job.data.test, calib=job.data.calib)
+    for path, row in zip(front, rows, strict=True):
+        detections, _ = evaluator.detect(path)
+        for form in ("voc07", "voc12"):
+            row[f"ap50_{form}_test"] = voc_ap50(job.data.test, detections, form=form)
+
+
+def _draw(job: Job, net: Any, front: list[Path]) -> None:
+    """Detections of a small, a middle and a large member of the front on a few test images."""
+    subset = job.data.test.subset(range(min(6, len(job.data.test))))
+    evaluator = PathEvaluator(net, subset, calib=job.data.calib)
+    chosen = {"small": front[0], "middle": front[len(front) // 2], "large": front[-1]}
+    for name, path in chosen.items():
+        detections, _ = evaluator.detect(path)
+        draw_detections(job.run.path(f"detections/{name}.png"), subset, detections)

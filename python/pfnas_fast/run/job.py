@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole job as stages over one run folder: each reads what earlier ones wrote, and is passed over when done.
+
+    pretrain -> transfer -> warmup -> label -> filter -> prune -> train -> search -> report     (filtered samplers)
+    pretrain -> transfer -> train  -> label -> filter -> search -> report                       (all others)
+
+Samplers without a filter train in one piece and label afterwards; their filter only guides the search, as Once-for-All's
+accuracy predictor does. Training compute, the number of labelled paths and of evaluated candidates are the same for all.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import torch
+
+from pfnas_fast.data import Augmentation, ClassificationData, DetectionData, Roles, check_images, load_classification, load_detection
+from pfnas_fast.detection import DetectionSupernet
+from pfnas_fast.errors import InputError
+from pfnas_fast.filter import PathFilter
+from pfnas_fast.filter.metrics import tau_within_groups
+from pfnas_fast.filter.report import filter_report
+from pfnas_fast.filter.samplers import Balanced, BestUp, Filtered, RandomPrune, Sampler, Uniform
+from pfnas_fast.run.config import RunConfig
+from pfnas_fast.run.folder import Run
+from pfnas_fast.space import CostModel, Space, load_space
+from pfnas_fast.supernet import ClassificationSupernet
+from pfnas_fast.train import Labels, classification_accuracy, label_paths, pretrain, train
+from pfnas_fast.train.engine import Progress, stream_id
+from pfnas_fast.train.schedules import equal_compute_steps
+
+
+@dataclass
+class Job:
+    """One run: its settings, its folder, and what is loaded so far.
+
+    Args:
+        run: The folder.
+        config: Settings; they were checked when `run` was opened with them.
+        progress: Called after each step of a stage.
+    """
+
+    run: Run
+    config: RunConfig
+    progress: Progress | None = None
+
+    @functools.cached_property
+    def space(self) -> Space:
+        return load_space(self.config.space)
+
+    @functools.cached_property
+    def data(self) -> DetectionData:
+        roles = Roles(label=self.config.label_fraction, calib=self.config.calib_images)
+        data = load_detection(self.config.data, roles=roles, seed=self.config.seed, fraction=self.config.train_fraction)
+        if not self.run.has("splits.json"):
+            self.run.write_json("splits.json", data.splits())
+        return data
+
+    @functools.cached_property
+    def pretrain_data(self) -> ClassificationData:
+        return load_classification(self.config.pretrain_data, seed=self.config.seed)
+
+    @functools.cached_property
+    def cost(self) -> CostModel:
+        return CostModel(self.space, num_classes=self.data.num_classes)
+
+    def new_net(self) -> DetectionSupernet:
+        """A detection supernet with the run's initial weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            net = DetectionSupernet(self.space, num_classes=self.data.num_classes, backend=self.config.backend)
+        return net.to(self.config.device)
+
+    def load_net(self, checkpoint: str) -> DetectionSupernet:
+        """The supernet as stage `checkpoint` left it, in eval mode."""
+        state = self.run.load(checkpoint)
+        if not state.get("finished", True):
+            raise InputError(f"expected a finished stage {checkpoint!r} in {self.run.folder}, got step {state['step']}")
+        net = self.new_net()
+        net.load_state_dict(state["model"])
+        return net.eval()
+
+    @property
+    def trained(self) -> str:
+        """Name of the checkpoint that search and report use."""
+        return "train"
+
+    def load_filter(self) -> PathFilter:
+        flt = PathFilter(self.space, cost=self.cost, condition=self.filter_condition, num_members=self.config.filter_members)
+        flt.load_state_dict(self.run.load("filter"))
+        return flt
+
+    @property
+    def filter_condition(self) -> str:
+        return "none" if self.config.sampler == "filter_unconditioned" else "concat"
+
+    @property
+    def labels_per_bin(self) -> int:
+        """Filtered runs label again after training (a quarter more); the others get that quarter at once."""
+        extra = 0 if self.config.uses_filter else max(1, self.config.labels_per_bin // 4)
+        return self.config.labels_per_bin + extra
+
+    def augmentation(self) -> Augmentation:
+        return Augmentation(flip=0.5 if self.config.hflip else 0.0, vertical_flip=0.5 if self.config.vflip else 0.0)
+
+
+def stage_names(config: RunConfig) -> list[str]:
+    """Stages of a run, in order."""
+    names = ["pretrain"] if config.pretrain else []
+    if config.uses_filter:
+        return [*names, "transfer", "warmup", "label", "filter", "prune", "train", "search", "report"]
+    return [*names, "transfer", "train", "label", "filter", "search", "report"]
+
+
+def run_pretrain(job: Job) -> None:
+    """S0: a classification supernet of the same backbone."""
+    config, data = job.config, job.pretrain_data
+    space = job.space.for_classification()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        net = ClassificationSupernet(space, num_classes=len(data.class_names), backend=config.backend).to(config.device)
+    pretrain(
+        net, data, steps=config.pretrain_steps, batch_size=config.pretrain_batch_size, hflip=config.hflip,
+        learning_rate=config.pretrain_learning_rate, weight_decay=config.weight_decay, ema_decay=config.ema_decay,
+        checkpoint_every=config.checkpoint_every, run=job.run, progress=job.progress,
+    )  # fmt: skip
+    accuracy = {
+        name: classification_accuracy(net, data, path) for name, path in (("largest", space.max_path()), ("smallest", space.min_path()))
+    }
+    job.run.write_json("pretrain.json", {"top1": accuracy, "chance": 1 / len(data.class_names)})
+
+
+def run_transfer(job: Job) -> None:
+    """S1: put the pre-trained backbone under a fresh neck and head."""
+    net = job.new_net()
+    if job.config.pretrain:
+        net.load_backbone(job.run.load("pretrain")["model"])
+    job.run.save("transfer", {"model": net.state_dict(), "finished": True})
+
+
+def run_warmup(job: Job) -> None:
+    """S2: train over the whole space with budget-balanced paths, so that labels mean something."""
+    check_images(job.data.fit)
+    _train(job, job.load_net("transfer"), Balanced(job.space), "warmup", "sandwich", job.config.warmup_steps)
+
+
+def run_label(job: Job) -> None:
+    """S3: measure paths in every budget bin on images that no weight has seen."""
+    labels = measure_labels(job)
+    job.run.write_json("labels.json", {"num": len(labels.paths), "label": labels.label_name, "reliability": labels.reliability})
+
+
+def measure_labels(job: Job) -> Labels:
+    """The labels of S3; rows already in `labels.csv` are not measured again."""
+    checkpoint = "warmup" if job.config.uses_filter else "train"
+    check_images(job.data.label)
+    return label_paths(
+        job.load_net(checkpoint), job.data.label, per_bin=job.labels_per_bin, num_bins=job.config.num_bins, calib=job.data.calib,
+        run=job.run, progress=job.progress,
+    )  # fmt: skip
+
+
+def run_filter(job: Job) -> None:
+    """S4: fit the path filter and report how far it can be trusted."""
+    job.run.require("labels.csv")
+    labels = measure_labels(job)
+    flt = PathFilter(job.space, cost=job.cost, condition=job.filter_condition, num_members=job.config.filter_members)
+    flt.fit(labels.paths, labels.label, labels.macs_m, label_sd=labels.label_sd, seed=job.config.seed)
+    report = filter_report(
+        flt, labels.paths, labels.label, labels.macs_m, label_halves=labels.halves(labels.label_name), label_sd=labels.label_sd,
+        num_bins=job.config.num_bins, seed=job.config.seed, png=job.run.path("filter/report.png"),
+    )  # fmt: skip
+    report["label"] = {"name": labels.label_name, "reliability": labels.reliability, "macs_t": labels.macs_t}
+    report["filter_used"] = bool(job.config.uses_filter and (report["use_filter"] or job.config.force_filter))
+    job.run.save("filter", flt.state_dict())
+    job.run.write_json("filter/report.json", report)
+    job.run.log("stage", stage="label", macs_t=labels.macs_t, seconds=0.0, paths=len(labels.paths))
+
+
+def run_prune(job: Job) -> None:
+    """S5: the score a path must reach at its budget to stay in the space."""
+    sampler = Filtered(job.space, job.load_filter(), keep=job.config.keep).bind(job.cost)
+    assert sampler.thresholds is not None
+    job.run.write_json("filter/thresholds.json", sampler.thresholds.state_dict())
+
+
+def run_train(job: Job) -> None:
+    """S6 (or all of the training, for samplers without a filter), then label again and report the drift."""
+    config = job.config
+    check_images(job.data.fit)
+    sampler = train_sampler(job)
+    if not config.uses_filter:
+        _train(job, job.load_net("transfer"), sampler, "train", config.schedule, config.warmup_steps + config.train_steps)
+        return
+    _train(job, job.load_net("warmup"), sampler, "train", config.schedule, config.train_steps)
+    labels = measure_drift(job)
+    scores = job.load_filter().score(labels.paths, labels.macs_m)
+    report = {
+        "num": len(labels.paths),
+        "tau_within_bins": tau_within_groups(scores, labels.label, labels.bins),
+        "tau_within_bins_macs_only": tau_within_groups(labels.macs_m, labels.label, labels.bins),
+        "label": labels.label_name,
+    }
+    job.run.write_json("filter/drift.json", report)
+
+
+def measure_drift(job: Job) -> Labels:
+    """Label a quarter as many fresh paths after training: does the filter still rank them?"""
+    return label_paths(
+        job.load_net("train"), job.data.label, per_bin=max(1, job.config.labels_per_bin // 4), num_bins=job.config.num_bins,
+        calib=job.data.calib, run=job.run, stage="relabels", progress=job.progress,
+    )  # fmt: skip
+
+
+def train_sampler(job: Job) -> Sampler:
+    """The sampler of S6; a filter that failed its own report gives way to `balanced`, and the run says so."""
+    config, space = job.config, job.space
+    if config.sampler == "uniform":
+        return Uniform(space)
+    if config.sampler == "balanced":
+        return Balanced(space)
+    if config.sampler == "random_prune":
+        return RandomPrune(space, keep=config.keep, seed=config.seed)
+    if not job.run.read_json("filter/report.json")["filter_used"]:
+        job.run.log("note", text="the filter does not rank better than MACs alone: training goes on with `balanced`")
+        return Balanced(space)
+    if config.sampler == "bestup":
+        return BestUp(space, job.load_filter(), num_candidates=max(2, round(1 / config.keep)))
+    return Filtered(space, job.load_filter(), keep=config.keep, epsilon=config.epsilon, decay_steps=config.train_steps)
+
+
+def _train(job: Job, net: DetectionSupernet, sampler: Sampler, stage: str, schedule: str, sandwich_steps: int) -> None:
+    config = job.config
+    steps = sandwich_steps
+    if schedule != "sandwich" or not isinstance(sampler, Balanced):
+        bound, balanced = sampler.bind(job.cost), Balanced(job.space).bind(job.cost)
+        steps = equal_compute_steps(schedule, job.cost, bound, balanced, sandwich_steps)
+    train(
+        net, job.data.fit, sampler=sampler, schedule=schedule, steps=steps, batch_size=config.batch_size,
+        learning_rate=config.learning_rate, weight_decay=config.weight_decay, distill_after=config.distill_after,
+        distill_weight=config.distill_weight, ema_decay=config.ema_decay, augmentation=job.augmentation(),
+        num_workers=config.num_workers, checkpoint_every=config.checkpoint_every, run=job.run, stage=stage, progress=job.progress,
+    )  # fmt: skip
+
+
+def is_done(job: Job, stage: str) -> bool:
+    """Whether what `stage` writes last is there and whole."""
+    run = job.run
+    if stage in ("pretrain", "transfer", "warmup", "train"):
+        if not run.has_checkpoint(stage) or not run.load(stage)["finished"]:
+            return False
+        if stage == "pretrain":
+            return run.has("pretrain.json")
+        return stage != "train" or not job.config.uses_filter or run.has("filter/drift.json")
+    if stage == "label":
+        return run.has("labels.json")
+    return run.has({"filter": "filter/report.json", "prune": "filter/thresholds.json", "search": "pareto.json", "report": "report.json"}[stage])
+
+
+def _stage_function(name: str) -> Callable[[Job], Any]:
+    from pfnas_fast.run.finish import run_report, run_search
+
+    return {
+        "pretrain": run_pretrain, "transfer": run_transfer, "warmup": run_warmup, "label": run_label, "filter": run_filter,
+        "prune": run_prune, "train": run_train, "search": run_search, "report": run_report,
+    }[name]  # fmt: skip
+
+
+def run_stage(job: Job, name: str) -> bool:
+    """Run one stage unless it is done; returns whether it ran."""
+    if is_done(job, name):
+        return False
+    _stage_function(name)(job)
+    return True
+
+
+def run_all(job: Job, *, on_stage: Callable[[str, bool], None] | None = None) -> None:
+    """Run every stage that is not done yet, in order."""
+    for name in stage_names(job.config):
+        ran = run_stage(job, name)
+        if on_stage is not None:
+            on_stage(name, ran)
+
+
+def open_job(folder: str | FilePath, config: RunConfig | None = None, progress: Progress | None = None) -> Job:
+    """Open or start the run in `folder`."""
+    run = Run(folder, config=config) if config is not None else Run.open(folder)
+    assert run.config is not None
+    return Job(run, run.config, progress)

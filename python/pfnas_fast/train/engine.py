@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop that classification and detection share: phases, checkpoints, exact resume.
+
+Everything random in a step comes from (seed, stage, step), so a run that was killed goes on from its last checkpoint
+to the very numbers of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from pfnas_fast.errors import InputError
+from pfnas_fast.run.folder import Run
+from pfnas_fast.space import CostModel, Path
+from pfnas_fast.train.distributed import average_gradients, broadcast_parameters, rank_and_size
+from pfnas_fast.train.optimizer import WeightAverage, learning_rate_at, make_optimizer, set_learning_rate
+from pfnas_fast.train.schedules import PathSource, Phase, make_phases, plan_paths, step_macs_m
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+_GRADIENT_NORM_LIMIT = 5.0
+_LOG_EVERY_STEPS = 10
+
+
+class Task(Protocol):
+    """What is trained: batches, and the losses of one step's paths."""
+
+    def batches(self, start_step: int, num_steps: int) -> Iterator[Any]:
+        """One batch a step, a function of (seed, step) alone."""
+        ...
+
+    def backward(self, net: nn.Module, batch: Any, paths: list[Path], teacher: Teacher) -> dict[str, float]:
+        """Run every path forward and backward, each with weight 1 / len(paths); return mean losses for the log."""
+        ...
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Who teaches in this step: `net` is a frozen copy, or None when the step's largest path does."""
+
+    kind: str  # "largest" | "frozen" | "none"
+    net: nn.Module | None
+    weight: float
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Settings of the loop; see `pfnas_fast.train.train` for their meaning."""
+
+    schedule: str
+    num_steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    distill_after: float
+    distill_weight: float
+    ema_decay: float
+    checkpoint_every: int
+    seed: int
+    stage: str
+
+    @property
+    def stream_seed(self) -> int:
+        """Start of the stage's own random streams."""
+        return (self.seed * 1_000_003 + stream_id(self.stage)) % 2**31
+
+
+@dataclass
+class _LoopState:
+    step: int
+    optimizer: torch.optim.AdamW
+    average: WeightAverage
+    teacher_net: nn.Module | None
+    macs_t: float
+    seconds: float
+
+
+def fit(
+    net: nn.Module, task: Task, *, cost: CostModel, sampler: PathSource, options: TrainOptions, run: Run | None, progress: Progress | None
+) -> dict[str, float]:
+    """Train `net` in place; on return it holds the averaged weights and is in eval mode.
+
+    Returns:
+        `{"steps", "macs_t" (executed, in 10^12), "seconds"}`.
+
+    Raises:
+        InputError: the loss is no longer finite (with advice), or the settings are impossible.
+    """
+    phases = make_phases(options.schedule, cost.space, options.num_steps)
+    saved = run.load(options.stage) if run is not None and run.has_checkpoint(options.stage) else None
+    if saved is not None and saved["finished"]:
+        net.load_state_dict(saved["model"])
+        net.eval()
+        return {"steps": options.num_steps, "macs_t": saved["macs_t"], "seconds": saved["seconds"]}
+    state = _start(net, saved, options)
+    broadcast_parameters(net)
+    begin = 0
+    for phase in phases:
+        end = begin + phase.num_steps
+        if state.step < end:
+            if state.step == begin:
+                _enter_phase(net, phase, state, options, is_first=begin == 0)
+            _train_phase(net, task, phase, begin, state, cost, sampler, options, run, progress)
+            state.average.copy_to(net)
+        begin = end
+    net.eval()
+    _save(net, state, options, run, finished=True)
+    if run is not None:
+        run.log("stage", stage=options.stage, macs_t=state.macs_t, seconds=round(state.seconds, 2), steps=state.step)
+    return {"steps": state.step, "macs_t": state.macs_t, "seconds": state.seconds}
+
+
+def stream_id(stage: str) -> int:
+    """A fixed number for a stage's random streams."""
+    return zlib.crc32(stage.encode())
+
+
+def _start(net: nn.Module, saved: dict[str, Any] | None, options: TrainOptions) -> _LoopState:
+    if saved is not None:
+        net.load_state_dict(saved["model"])
+    optimizer = make_optimizer(net, learning_rate=options.learning_rate, weight_decay=options.weight_decay)
+    average = WeightAverage(net, decay=options.ema_decay)
+    if saved is None:
+        return _LoopState(0, optimizer, average, None, 0.0, 0.0)
+    optimizer.load_state_dict(saved["optimizer"])
+    average.load_state_dict(saved["average"])
+    teacher_net = None
+    if saved["teacher"] is not None:
+        teacher_net = copy.deepcopy(net)
+        teacher_net.load_state_dict(saved["teacher"])
+    return _LoopState(saved["step"], optimizer, average, teacher_net, saved["macs_t"], saved["seconds"])
+
+
+def _enter_phase(net: nn.Module, phase: Phase, state: _LoopState, options: TrainOptions, *, is_first: bool) -> None:
+    """A phase starts from the averaged weights of the one before, with a fresh optimizer, as OFA's phases do."""
+    if is_first:
+        return
+    if phase.teacher == "frozen" and state.teacher_net is None:
+        state.teacher_net = copy.deepcopy(net)
+    if phase.sort_channels is not None:
+        net.re_organize_middle_weights(expand_ratio_stage=phase.sort_channels)  # type: ignore[operator]
+    state.optimizer = make_optimizer(net, learning_rate=options.learning_rate, weight_decay=options.weight_decay)
+    state.average = WeightAverage(net, decay=options.ema_decay)
+
+
+def _train_phase(
+    net: nn.Module, task: Task, phase: Phase, begin: int, state: _LoopState, cost: CostModel, sampler: PathSource,
+    options: TrainOptions, run: Run | None, progress: Progress | None,
+) -> None:  # fmt: skip
+    end = begin + phase.num_steps
+    rank, size = rank_and_size()
+    clock = time.perf_counter()
+    for batch in task.batches(state.step, end - state.step):
+        step = state.step
+        torch.manual_seed(options.stream_seed + step * size + rank)
+        paths = plan_paths(phase, cost.space, sampler, options.stream_seed, step)
+        rate = learning_rate_at(step - begin, phase.num_steps, options.learning_rate * phase.rate_scale)
+        set_learning_rate(state.optimizer, rate)
+        net.train()
+        state.optimizer.zero_grad(set_to_none=True)
+        losses = task.backward(net, batch, paths, _teacher_at(step, phase, state, options))
+        if not math.isfinite(losses["total"]):
+            raise InputError(
+                f"train: expected a finite loss, got {losses['total']} at step {step} of {options.stage}; "
+                f"try a lower learning_rate than {options.learning_rate}"
+            )
+        average_gradients(net)
+        nn.utils.clip_grad_norm_(net.parameters(), _GRADIENT_NORM_LIMIT, foreach=True)
+        state.optimizer.step()
+        state.average.update(net, step - begin)
+        state.step = step + 1
+        state.macs_t += step_macs_m(phase, cost, paths) * options.batch_size * size / 1e6
+        state.seconds, clock = state.seconds + time.perf_counter() - clock, time.perf_counter()
+        _report_step(state, phase, losses, rate, options, run, progress)
+        if state.step % options.checkpoint_every == 0 and state.step < options.num_steps:
+            if state.step == end:
+                state.average.copy_to(net)  # the next phase starts from here, also after a resume
+            _save(net, state, options, run, finished=False)
+
+
+def _teacher_at(step: int, phase: Phase, state: _LoopState, options: TrainOptions) -> Teacher:
+    """Distillation starts after a fifth of the steps: a teacher that knows nothing does harm."""
+    started = phase.teacher == "frozen" or step >= options.distill_after * options.num_steps
+    if phase.teacher == "none" or not started or options.distill_weight == 0:
+        return Teacher("none", None, 0.0)
+    return Teacher(phase.teacher, state.teacher_net, options.distill_weight)
+
+
+def _report_step(
+    state: _LoopState, phase: Phase, losses: dict[str, float], rate: float, options: TrainOptions, run: Run | None, progress: Progress | None
+) -> None:
+    if progress is not None:
+        progress(options.stage, state.step, options.num_steps, {"loss": losses["total"]})
+    if run is not None and (state.step % _LOG_EVERY_STEPS == 0 or state.step == options.num_steps):
+        rounded = {key: round(value, 5) for key, value in losses.items()}
+        run.log("step", stage=options.stage, phase=phase.name, step=state.step, learning_rate=rate, macs_t=state.macs_t, **rounded)
+
+
+def _save(net: nn.Module, state: _LoopState, options: TrainOptions, run: Run | None, *, finished: bool) -> None:
+    rank, _ = rank_and_size()
+    if run is None or rank != 0:
+        return
+    content: dict[str, Any] = {
+        "step": state.step,
+        "finished": finished,
+        "model": net.state_dict(),
+        "macs_t": state.macs_t,
+        "seconds": state.seconds,
+    }
+    if not finished:
+        content["optimizer"] = state.optimizer.state_dict()
+        content["average"] = state.average.state_dict()
+        content["teacher"] = None if state.teacher_net is None else state.teacher_net.state_dict()
+    run.save(options.stage, content)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluate paths of a supernet: recalibrate, detect, measure."""
+
+from __future__ import annotations
+
+import torch
+
+from pfnas_fast.data import DetectionDataset, EvalImages, Evaluator, Matches, Target, normalize
+from pfnas_fast.detection import Detection, DetectionSupernet, DetectorOutput, detection_loss, postprocess
+from pfnas_fast.errors import InputError
+from pfnas_fast.space import Path
+from pfnas_fast.supernet import BNStatistics, recalibrate, use_statistics
+
+
+class PathEvaluator:
+    """Measures paths on one set of images, for one version of the weights: make a new one after training.
+
+    Images are decoded once per resolution. BatchNorm statistics are measured once per path and never left in the net.
+
+    Args:
+        net: The supernet; its weights must not change while this object is in use.
+        dataset: Images to evaluate on.
+        calib: Training images that BatchNorm is recalibrated on; default: those that came with `dataset`.
+        batch_size: Images per forward pass.
+
+    Raises:
+        InputError: no calibration images, or classes that differ from the net's.
+    """
+
+    def __init__(
+        self, net: DetectionSupernet, dataset: DetectionDataset, *, calib: DetectionDataset | None = None, batch_size: int = 32
+    ) -> None:
+        calib = calib if calib is not None else dataset.calib
+        if calib is None:
+            raise InputError("PathEvaluator: expected calibration images for calib, got None")
+        if len(dataset.class_names) != net.num_classes:
+            raise InputError(
+                f"PathEvaluator: expected {net.num_classes} classes (the net's) in dataset, got {len(dataset.class_names)}"
+            )
+        if batch_size < 2 or batch_size % 2:
+            raise InputError(f"PathEvaluator: expected an even number >= 2 for batch_size, got {batch_size!r}")
+        self.net, self.dataset, self.calib, self.batch_size = net, dataset, calib, batch_size
+        self._judge = Evaluator(dataset)
+        self.macs_t = 0.0
+        self._images: dict[tuple[str, int], EvalImages] = {}
+        self._statistics: dict[Path, BNStatistics] = {}
+
+    def statistics(self, path: Path) -> BNStatistics:
+        """BatchNorm statistics of `path`, pooled over the calibration images (float32 [C] each)."""
+        if path not in self._statistics:
+            images = self._cached("calib", self.calib, path.resolution)
+            batches = (self._to_input(batch) for batch in images.batches(self.batch_size))
+            self._statistics[path] = recalibrate(self.net, path, batches)
+            self.macs_t += self.net.cost.path_macs_m(path) * len(self.calib) / 1e6
+        return self._statistics[path]
+
+    @torch.no_grad()
+    def detect(self, path: Path, *, with_loss: bool = False) -> tuple[list[Detection], tuple[float, float]]:
+        """Run `path` over the images.
+
+        Returns:
+            One `Detection` per image, boxes in px of the original image; and the mean detection loss of the images at
+            even and at odd places (NaN unless `with_loss`).
+        """
+        images = self._cached("eval", self.dataset, path.resolution)
+        detections: list[Detection] = []
+        losses: tuple[list[float], list[float]] = ([], [])
+        with use_statistics(self.net, self.statistics(path)):
+            for batch in images.batches(self.batch_size):
+                output = self.net(self._to_input(batch), path)
+                start = len(detections)
+                found = postprocess(output)
+                detections += [
+                    Detection(images.to_original(start + i, item.boxes), item.scores, item.labels) for i, item in enumerate(found)
+                ]
+                if with_loss:
+                    self._add_losses(output, start, images, losses)
+        self.macs_t += self.net.cost.path_macs_m(path) * len(self.dataset) / 1e6
+        return detections, (_mean(losses[0]), _mean(losses[1]))
+
+    def metrics(self, path: Path) -> dict[str, float]:
+        """The 12 COCO numbers of `path` (`pfnas_fast.data.evaluate`)."""
+        return self.matches(self.detect(path)[0]).metrics()
+
+    def matches(self, detections: list[Detection]) -> Matches:
+        """Detections of all images matched with the ground truth; numbers for any subset of the images follow from it."""
+        return self._judge.match(detections)
+
+    def _add_losses(self, output: DetectorOutput, start: int, images: EvalImages, losses: tuple[list[float], list[float]]) -> None:
+        for parity, values in enumerate(losses):
+            rows = slice(parity, None, 2)  # batches have an even size, so places in the batch have the parity of the image
+            part = DetectorOutput(output.logits[rows], output.ltrb[rows], output.centerness[rows], output.grid)
+            targets = [self._target(start + i, images) for i in range(parity, len(output.logits), 2)]
+            if targets:
+                values.append(float(detection_loss(part, targets)["total"]))
+
+    def _cached(self, role: str, dataset: DetectionDataset, resolution: int) -> EvalImages:
+        key = (role, resolution)
+        if key not in self._images:
+            self._images[key] = EvalImages(dataset, self.net.space.canvas(resolution))
+        return self._images[key]
+
+    def _target(self, index: int, images: EvalImages) -> Target:
+        target, scale = self.dataset.target(index), images.scales[index]
+        return Target(target.boxes * scale, target.labels, target.ignore_boxes * scale)
+
+    def _to_input(self, images: torch.Tensor) -> torch.Tensor:
+        return normalize(images.to(next(self.net.parameters()).device))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW that leaves unsampled layers alone, a learning-rate curve, and an average of the weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+_RATE_WARMUP_FRACTION = 0.05
+_FINAL_RATE_FRACTION = 0.02
+
+
+def make_optimizer(net: nn.Module, *, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW; only convolution and linear weights decay (not BN, biases, or the kernel matrices, whose rest is identity).
+
+    A parameter whose `grad` is None is skipped, so a layer that no sampled path used does not move.
+    """
+    decay, rest = [], []
+    for name, parameter in net.named_parameters():
+        is_weight = parameter.ndim >= 2 and "matrix" not in name
+        (decay if is_weight else rest).append(parameter)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), fused=True)
+
+
+def learning_rate_at(step: int, num_steps: int, peak: float) -> float:
+    """Linear warm-up over the first 5 % of the steps, then a cosine down to 2 % of `peak`."""
+    warmup = max(1, round(_RATE_WARMUP_FRACTION * num_steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    return peak * (_FINAL_RATE_FRACTION + (1 - _FINAL_RATE_FRACTION) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+class WeightAverage:
+    """Exponential moving average of all parameters, with a shorter memory during the first steps.
+
+    Buffers are not averaged: BatchNorm statistics are recalibrated for every path that is evaluated.
+    """
+
+    def __init__(self, net: nn.Module, *, decay: float) -> None:
+        self.decay = decay
+        self.names = [name for name, _ in net.named_parameters()]
+        self.values = [parameter.detach().clone() for parameter in net.parameters()]
+
+    @torch.no_grad()
+    def update(self, net: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.values, [p.detach() for p in net.parameters()], 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, net: nn.Module) -> None:
+        for parameter, value in zip(net.parameters(), self.values, strict=True):
+            parameter.copy_(value)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return dict(zip(self.names, self.values, strict=True))
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        for name, value in zip(self.names, self.values, strict=True):
+            value.copy_(state[name])
