@@ -3,8 +3,6 @@
 
 import numpy as np
 import pytest
-from scipy.stats import kendalltau
-
 from pfnas_fast.errors import InputError
 from pfnas_fast.filter.metrics import (
     cost_bins,
@@ -14,6 +12,7 @@ from pfnas_fast.filter.metrics import (
     tau_within_groups,
     top_k_recall,
 )
+from scipy.stats import kendalltau
 
 
 def all_pairs(n):

@@ -141,6 +141,13 @@ class GeneEncoding:
                     column += size
         return table
 
+    def feature_groups(self) -> np.ndarray:
+        """Which factor each feature belongs to: int64 [num_features], numbered from 0."""
+        widths = []
+        for factors in self.factors:
+            widths += [size for size in factors if size > 1] or [1]
+        return np.repeat(np.arange(len(widths)), widths)
+
     def features(self, codes: np.ndarray) -> np.ndarray:
         """Additive features of a few paths (fits, not floods): float32 [n, num_features]."""
         design = self.design()

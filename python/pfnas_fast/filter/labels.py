@@ -11,7 +11,7 @@ import numpy as np
 from pfnas_fast.errors import InputError
 from pfnas_fast.filter.encoding import GeneEncoding
 
-__all__ = ["LabelledPaths", "collect_labels"]
+__all__ = ["LabelledPaths", "collect_labels", "normal_scores", "standardise"]
 
 
 @dataclass(frozen=True)
@@ -104,3 +104,18 @@ def collect_labels(
             f"PathFilter.fit: expected labels that differ, got {len(rows)} paths all labelled {means[0]:g}"
         )
     return LabelledPaths(codes[rows], means, np.log(macs[rows]), noise)
+
+
+def standardise(values: np.ndarray) -> np.ndarray:
+    """Mean 0, standard deviation 1 (zeros where all are equal)."""
+    centred = values - values.mean()
+    spread = centred.std()
+    return centred / spread if spread > 0 else centred
+
+
+def normal_scores(values: np.ndarray) -> np.ndarray:
+    """Ranks as quantiles of the standard normal; ties share their mean rank."""
+    from scipy.special import ndtri
+    from scipy.stats import rankdata
+
+    return ndtri((rankdata(values) - 0.5) / len(values))

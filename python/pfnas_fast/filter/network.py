@@ -104,21 +104,21 @@ class LookupScorer:
         network: RankerEnsemble,
         design: Tensor,
         feature_mean: Tensor,
-        feature_scale: Tensor,
         score_mean: Tensor,
         score_scale: Tensor,
         *,
+        input_scale: float,
         has_budget: bool,
     ) -> LookupScorer:
         """Fold a trained network, its feature and its score normalisation.
 
         Args:
-            network: The trained ensemble on features ``(x - mean) / scale``.
+            network: The trained ensemble on inputs ``(x - mean) * input_scale``.
             design: [num_slots, max_code + 1, F0], features of each choice.
             feature_mean: [F0].
-            feature_scale: [F0].
             score_mean: [E], subtracted from each member's score.
             score_scale: [E], divides it afterwards, so that members vote with equal weight.
+            input_scale: Factor on features and budget.
             has_budget: Whether the network's last feature is the budget.
 
         Returns:
@@ -129,19 +129,22 @@ class LookupScorer:
         with torch.no_grad():
             weight_1 = network.weight_1.double()
             skip = network.skip.double() / score_scale.double().view(-1, 1, 1)
-            genes = torch.cat(
-                [
-                    weight_1[:, :num_features].permute(1, 0, 2).reshape(num_features, -1),
-                    skip[:, :num_features, 0].t(),
-                ],
-                dim=1,
-            ) / feature_scale.double().unsqueeze(1)
+            genes = (
+                torch.cat(
+                    [
+                        weight_1[:, :num_features].permute(1, 0, 2).reshape(num_features, -1),
+                        skip[:, :num_features, 0].t(),
+                    ],
+                    dim=1,
+                )
+                * input_scale
+            )
             offset = -feature_mean.double() @ genes
             offset[: members * first] += network.bias_1.double().flatten()
             offset[members * first :] -= score_mean.double() / score_scale.double()
             budget = None
             if has_budget:
-                budget = torch.cat([weight_1[:, -1].flatten(), skip[:, -1, 0]]).float()
+                budget = (torch.cat([weight_1[:, -1].flatten(), skip[:, -1, 0]]) * input_scale).float()
             return cls(
                 table=(design.double().view(-1, num_features) @ genes).float().contiguous(),
                 offset=offset.float(),

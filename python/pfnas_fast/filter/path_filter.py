@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The path filter: ranks paths of similar cost, after DetOFA (arXiv:2303.13121); network and loss are ours."""
+"""The path filter: ranks paths of similar cost, after DetOFA (arXiv:2303.13121); the model is our choice."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ import torch
 
 from pfnas_fast.errors import InputError
 from pfnas_fast.filter.encoding import GeneEncoding
+from pfnas_fast.filter.fitting import FittedParts, fit_parts
+from pfnas_fast.filter.kernel import KernelModel, KernelScorer
 from pfnas_fast.filter.labels import LabelledPaths, collect_labels
-from pfnas_fast.filter.loss import pair_targets
 from pfnas_fast.filter.network import LookupScorer, RankerEnsemble
-from pfnas_fast.filter.training import RankerConfig, train_ensemble
+from pfnas_fast.filter.training import RankerConfig
 
 __all__ = ["PathFilter"]
 
-_CHUNK = 1 << 14  # paths per scoring step: the first layer's output stays in the cache
+_CHUNK = 1 << 12  # paths per scoring step: bounds memory, and the first layer's output stays in the cache
 _CONDITIONS = ("concat", "none")
 
 
 class PathFilter:
     """Predicts which of the paths that meet a similar budget is better.
 
-    ``f(path, budget)`` is an ensemble of small networks over the path's genes and its normalised log MACs,
-    trained with a pairwise ranking loss whose pairs count ``exp(-|difference of log MACs| / h)``. Scores have
-    no unit; only differences between paths of similar cost mean anything.
+    ``f(path, budget)`` blends two parts over the path's genes and its normalised log MACs: an ensemble of
+    small networks trained with a pairwise ranking loss whose pairs count ``exp(-|difference of log MACs| /
+    h)``, strong where genes act on each other and labels are many, and two Gaussian processes, strong where
+    labels are few. The share of each is chosen by cross-validation. Scores have no unit; only differences
+    between paths of similar cost mean anything.
 
     Args:
         space: A `pfnas_fast.space.Space`; None with `num_choices`.
@@ -37,7 +40,11 @@ class PathFilter:
         condition: "concat" = the budget is an input; "none" = genes only.
         num_members: Members of the ensemble.
         bandwidths: Grid for h; None in it = all pairs alike. More than one value: chosen by cross-validation.
-        config: Size and schedule of the network; None = the default.
+        network_share: Share of the networks in the score, 0..1; None = chosen by cross-validation.
+        config: Size and schedule of the networks; None = the default.
+
+    Attributes:
+        parts: What `fit` found, `FittedParts`; None before.
 
     Raises:
         InputError: both or neither of space and num_choices, or an unknown condition.
@@ -61,6 +68,7 @@ class PathFilter:
         condition: str = "concat",
         num_members: int = 5,
         bandwidths: Sequence[float | None] = (None, 0.3),
+        network_share: float | None = None,
         config: RankerConfig | None = None,
     ) -> None:
         if condition not in _CONDITIONS:
@@ -69,17 +77,20 @@ class PathFilter:
             raise InputError(f"PathFilter: expected num_members >= 1, got {num_members}")
         if not bandwidths or any(h is not None and not h > 0 for h in bandwidths):
             raise InputError(f"PathFilter: expected None or numbers > 0 for bandwidths, got {bandwidths}")
+        if network_share is not None and not 0.0 <= network_share <= 1.0:
+            raise InputError(f"PathFilter: expected None or 0..1 for network_share, got {network_share}")
         self.encoding = GeneEncoding.of(space, num_choices)
         self.space = space
         self.cost = cost
         self.condition = condition
         self.num_members = num_members
         self.bandwidths = tuple(bandwidths)
+        self.network_share = network_share
         self.config = config or RankerConfig()
-        self.bandwidth: float | None = None
-        self._network: RankerEnsemble | None = None
+        self.parts: FittedParts | None = None
         self._norm: dict[str, torch.Tensor] = {}
-        self._scorer: LookupScorer | None = None
+        self._networks: LookupScorer | None = None
+        self._kernels: tuple[KernelScorer, ...] = ()
 
     def clone(self) -> PathFilter:
         """An unfitted filter of the same settings (cross-validation fits one per fold)."""
@@ -90,6 +101,7 @@ class PathFilter:
             condition=self.condition,
             num_members=self.num_members,
             bandwidths=self.bandwidths,
+            network_share=self.network_share,
             config=self.config,
         )
 
@@ -123,77 +135,76 @@ class PathFilter:
                 label.
         """
         data = collect_labels(self.encoding, paths, labels, macs_m, label_sd=label_sd)
-        self._normalise(data)
-        self.bandwidth = self._choose_bandwidth(data, seed)
-        self._network = train_ensemble(
-            *self._problem(data, self.bandwidth), self.config, num_members=self.num_members, seed=seed
+        features = self.encoding.features(data.codes)
+        self._norm = {
+            "feature_mean": torch.from_numpy(features.mean(0)),
+            "budget_mean": torch.tensor(data.log_macs.mean()),
+            "budget_scale": torch.tensor(max(data.log_macs.std(), 1e-3)),
+        }
+        self.parts = fit_parts(
+            data,
+            features - features.mean(0),
+            self.encoding.feature_groups(),
+            None if self.condition == "none" else self._normalised(data.log_macs).numpy(),
+            config=self.config,
+            num_members=self.num_members,
+            bandwidths=self.bandwidths,
+            share=self.network_share,
+            seed=seed,
         )
-        self._fold(data)
+        self._set_scales(data)
+        self._fold()
         return self
 
-    def _normalise(self, data: LabelledPaths) -> None:
-        features = torch.from_numpy(self.encoding.features(data.codes))
-        budget = torch.from_numpy(data.log_macs)
-        self._norm = {
-            "feature_mean": features.mean(0),
-            "feature_scale": torch.ones(features.shape[1]),
-            "budget_mean": budget.mean(),
-            "budget_scale": budget.std(correction=0).clamp_min(1e-3),
-        }
+    def _normalised(self, log_macs: np.ndarray) -> torch.Tensor:
+        """Normalised budget, float64 [n]."""
+        return (torch.from_numpy(log_macs) - self._norm["budget_mean"]) / self._norm["budget_scale"]
 
-    def _inputs(self, codes: np.ndarray, log_macs: np.ndarray) -> torch.Tensor:
-        norm = self._norm
-        x = (torch.from_numpy(self.encoding.features(codes)) - norm["feature_mean"]) / norm["feature_scale"]
-        if self.condition == "none":
-            return x
-        budget = (torch.from_numpy(log_macs) - norm["budget_mean"]) / norm["budget_scale"]
-        return torch.cat([x, budget.float().unsqueeze(1)], dim=1)
+    def _set_scales(self, data: LabelledPaths) -> None:
+        """Put every member on one scale: mean 0 and standard deviation 1 over the labelled paths."""
+        if self.parts is None:
+            raise RuntimeError("PathFilter: nothing fitted")
+        members = len(self.parts.kernels) + (self.num_members if self.parts.network is not None else 0)
+        self._norm["score_mean"], self._norm["score_scale"] = torch.zeros(members), torch.ones(members)
+        self._fold()
+        budget = None if self.condition == "none" else self._normalised(data.log_macs).float()
+        scores = self._members(torch.from_numpy(data.codes), budget)
+        self._norm["score_mean"] = scores.mean(1).clone()
+        self._norm["score_scale"] = scores.std(1).clamp_min(1e-6).clone()
 
-    def _problem(self, data: LabelledPaths, bandwidth: float | None) -> tuple:
-        labels = (data.labels - data.labels.mean()) / data.labels.std()
-        targets = pair_targets(data.labels, data.log_macs, bandwidth=bandwidth, label_sd=data.label_sd)
-        return self._inputs(data.codes, data.log_macs), torch.from_numpy(labels).float(), targets
-
-    def _choose_bandwidth(self, data: LabelledPaths, seed: int) -> float | None:
-        """The h whose held-out folds rank nearby pairs best; the first of the grid where labels are too few."""
-        if len(self.bandwidths) == 1 or len(data.labels) < 24:
-            return self.bandwidths[0]
-        folds = np.random.default_rng([seed, 0x68]).permutation(len(data.labels)) % 3
-        masks = torch.from_numpy(np.stack([folds != fold for fold in range(3)])).float()
-        local = pair_targets(data.labels, data.log_macs, bandwidth=0.1, label_sd=data.label_sd)
-        agreement = local.weight * (2.0 * local.probability - 1.0)
-        best, chosen = -np.inf, self.bandwidths[0]
-        for bandwidth in self.bandwidths:
-            x, y, targets = self._problem(data, bandwidth)
-            network = train_ensemble(x, y, targets, self.config, num_members=3, seed=seed, masks=masks)
-            with torch.inference_mode():
-                scores = network(x)
-            order = torch.sign(scores.unsqueeze(2) - scores.unsqueeze(1))
-            held_out = (1 - masks).unsqueeze(2) * (1 - masks).unsqueeze(1)
-            value = float((order * agreement * held_out).sum())
-            if value > best:
-                best, chosen = value, bandwidth
-        return chosen
-
-    def _fold(self, data: LabelledPaths | None) -> None:
-        """Put members on one scale (the labelled paths') and fold the first layer into lookup tables."""
-        if self._network is None:
-            raise RuntimeError("PathFilter: no network to fold")
-        if data is not None:
-            with torch.inference_mode():
-                scores = self._network(self._inputs(data.codes, data.log_macs))
-            self._norm["score_mean"] = scores.mean(1).clone()
-            self._norm["score_scale"] = scores.std(1).clamp_min(1e-6).clone()
-        norm = self._norm
-        self._scorer = LookupScorer.fold(
-            self._network,
-            torch.from_numpy(self.encoding.design()),
-            norm["feature_mean"],
-            norm["feature_scale"],
-            norm["score_mean"],
-            norm["score_scale"],
-            has_budget=self.condition != "none",
+    def _fold(self) -> None:
+        """Fold first layers, covariances and normalisations into lookup tables."""
+        if self.parts is None:
+            raise RuntimeError("PathFilter: nothing to fold")
+        norm, design = self._norm, self.encoding.design()
+        mean, scale = norm["score_mean"], norm["score_scale"]
+        num_networks = len(mean) - len(self.parts.kernels)
+        self._networks = None
+        if self.parts.network is not None:
+            self._networks = LookupScorer.fold(
+                self.parts.network,
+                torch.from_numpy(design),
+                norm["feature_mean"],
+                mean[:num_networks],
+                scale[:num_networks],
+                input_scale=self.config.input_scale,
+                has_budget=self.condition != "none",
+            )
+        self._kernels = tuple(
+            KernelScorer.fold(model, design, norm["feature_mean"], float(mean[index]), float(scale[index]))
+            for index, model in enumerate(self.parts.kernels, start=num_networks)
         )
+        share, num_kernels = self.parts.share, len(self._kernels)
+        self._weights = torch.tensor(
+            [share / max(num_networks, 1)] * num_networks
+            + [(1.0 - share) / max(num_kernels, 1)] * num_kernels
+        )
+
+    def _members(self, codes: torch.Tensor, budget: torch.Tensor | None) -> torch.Tensor:
+        """Every member's score, float32 [members, n]."""
+        rows = [] if self._networks is None else [self._networks.members(codes, budget)]
+        rows += [kernel.score(codes, budget).unsqueeze(0) for kernel in self._kernels]
+        return torch.cat(rows)
 
     # ------------------------------------------------------------------ scoring
 
@@ -222,7 +233,7 @@ class PathFilter:
         return mean, spread
 
     def _score(self, paths: Any, macs_m: Any, *, spread: bool) -> tuple[np.ndarray, np.ndarray]:
-        if self._scorer is None:
+        if self.parts is None:
             raise InputError(
                 "PathFilter.score: expected a fitted filter, got one before fit() or load_state_dict()"
             )
@@ -233,10 +244,11 @@ class PathFilter:
         rows = torch.from_numpy(np.ascontiguousarray(codes))
         for start in range(0, len(codes), _CHUNK):
             part = slice(start, start + _CHUNK)
-            members = self._scorer.members(rows[part], None if budget is None else budget[part])
-            mean[part] = members.mean(0).numpy()
-            if spread and self.num_members > 1:
-                deviation[part] = members.std(0).numpy()
+            members = self._members(rows[part], None if budget is None else budget[part])
+            centre = self._weights @ members
+            mean[part] = centre.numpy()
+            if spread:
+                deviation[part] = (self._weights @ (members - centre) ** 2).sqrt().numpy()
         return mean, deviation
 
     def _budget(self, codes: np.ndarray, macs_m: Any) -> torch.Tensor | None:
@@ -255,26 +267,28 @@ class PathFilter:
             )
         if not (macs > 0).all():
             raise InputError("PathFilter.score: expected macs_m > 0, got a value that is not")
-        norm = self._norm
-        budget = (torch.from_numpy(np.log(macs)) - norm["budget_mean"]) / norm["budget_scale"]
-        return budget.float()
+        return self._normalised(np.log(macs)).float()
 
     # ------------------------------------------------------------------ saving
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything `load_state_dict` needs; only tensors, numbers, strings and lists (safe with weights_only)."""
-        if self._network is None:
+        """What `load_state_dict` needs: only tensors, numbers, strings and lists (safe with weights_only)."""
+        if self.parts is None:
             raise InputError("PathFilter.state_dict: expected a fitted filter, got one before fit()")
+        network = self.parts.network
+        config = dataclasses.asdict(self.config)
         return {
             "slot_sizes": list(self.encoding.slot_sizes),
             "condition": self.condition,
             "num_members": self.num_members,
-            "bandwidth": self.bandwidth,
+            "bandwidth": self.parts.bandwidth,
+            "share": self.parts.share,
             "config": {
-                k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.config).items()
+                key: list(value) if isinstance(value, tuple) else value for key, value in config.items()
             },
             "norm": dict(self._norm),
-            "network": {k: v.detach().clone() for k, v in self._network.state_dict().items()},
+            "network": None if network is None else {k: v.clone() for k, v in network.state_dict().items()},
+            "kernels": [model.state() for model in self.parts.kernels],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> PathFilter:
@@ -291,21 +305,24 @@ class PathFilter:
         """
         if tuple(state["slot_sizes"]) != self.encoding.slot_sizes or state["condition"] != self.condition:
             raise InputError(
-                f"PathFilter.load_state_dict: expected choices {list(self.encoding.slot_sizes)} and condition "
-                f"{self.condition!r} for state, got {state['slot_sizes']} and {state['condition']!r}"
+                f"PathFilter.load_state_dict: expected choices {list(self.encoding.slot_sizes)} "
+                f"and condition {self.condition!r} for state, got {state['slot_sizes']} and {state['condition']!r}"
             )
         config = {k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()}
         self.config = RankerConfig(**config)
         self.num_members = int(state["num_members"])
-        self.bandwidth = state["bandwidth"]
-        self._norm = {k: torch.as_tensor(v) for k, v in state["norm"].items()}
-        self._network = RankerEnsemble(
-            state["network"]["weight_1"].shape[1],
-            hidden=self.config.hidden,
-            num_members=self.num_members,
-            generator=torch.Generator().manual_seed(0),
-            dropout=self.config.dropout,
-        ).eval()
-        self._network.load_state_dict(state["network"])
-        self._fold(None)
+        self._norm = {key: torch.as_tensor(value) for key, value in state["norm"].items()}
+        network = None
+        if state["network"] is not None:
+            network = RankerEnsemble(
+                state["network"]["weight_1"].shape[1],
+                hidden=self.config.hidden,
+                num_members=self.num_members,
+                generator=torch.Generator().manual_seed(0),
+                dropout=self.config.dropout,
+            ).eval()
+            network.load_state_dict(state["network"])
+        kernels = tuple(KernelModel(**fields) for fields in state["kernels"])
+        self.parts = FittedParts(network, kernels, float(state["share"]), state["bandwidth"])
+        self._fold()
         return self

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classical regressors behind the path filter's interface, all given log MACs: what the filter has to beat."""
+"""Classical regressors behind the filter's interface, all given log MACs: what the filter has to beat."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ class BudgetThresholds:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Knots (log MACs), values, keep and acceptance as plain lists and numbers; the filter is saved by itself."""
+        """Knots (log MACs), values, keep and acceptance as plain data; the filter is saved by itself."""
         return {
             "knots": self.knots.tolist(),
             "values": self.values.tolist(),

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Gaussian process over genes and budget: the part of the filter that is strong when labels are few.
+
+Its covariance is additive over slots before one exponential, so that its score, like the networks', is one
+lookup per slot, a nonlinearity and a dot product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["KernelModel", "KernelScorer", "fit_kernel"]
+
+_NUM_GLOBAL = 8
+# Log of: variance of the linear part over genes, of the linear budget, of the interactions; length scales of
+# genes and budget in the interactions; length scale and variance of the budget's own curve; noise variance.
+_PRIOR_MEAN = np.log([1.0, 1.0, 0.5, 3.0, 2.0, 1.0, 0.1, 0.1])
+_PRIOR_SD = np.array([2.0, 2.0, 2.0, 0.7, 1.0, 0.7, 2.0, 1.0])
+_GROUP_SD = 0.5  # how far a gene's relevance may stray from the common one, in log units
+_COLUMN_SD = 0.4  # and a single choice's from its gene's
+_JITTER = 1e-6
+
+
+@dataclass(frozen=True)
+class KernelModel:
+    """A fitted process.
+
+    Attributes:
+        theta: float64 [8 + num_groups + F], logs: the shared hyperparameters, relevance per gene, per choice.
+        groups: int64 [F], which gene each feature belongs to.
+        features: float64 [n, F] of the labelled paths, centred.
+        budget: float64 [n], normalised log MACs; zeros without a budget input.
+        alpha: float64 [n], (K + noise)^-1 y.
+        held_out: float64 [n], each label as predicted without the labels of its fold.
+    """
+
+    theta: Tensor
+    groups: Tensor
+    features: Tensor
+    budget: Tensor
+    alpha: Tensor
+    held_out: Tensor
+
+    def predict(self, features: Tensor, budget: Tensor) -> Tensor:
+        """Mean of the process, the slow and obvious way (`KernelScorer` is the fast one).
+
+        Args:
+            features: float64 [m, F], centred as the labelled paths' were.
+            budget: float64 [m].
+
+        Returns:
+            float64 [m].
+        """
+        covariance = _covariance(self.theta, self.groups, features, budget, self.features, self.budget)
+        return covariance @ self.alpha
+
+    def state(self) -> dict[str, Tensor]:
+        """The fields as a dict of tensors; `KernelModel(**state)` is the way back."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    def column_scale(self) -> Tensor:
+        """What a feature is multiplied by before distances are taken, [F]."""
+        gene = torch.exp(self.theta[_NUM_GLOBAL:])
+        num_groups = len(gene) - len(self.groups)
+        return gene[:num_groups][self.groups] * gene[num_groups:] * torch.exp(-self.theta[3])
+
+
+def _covariance(theta: Tensor, groups: Tensor, x1: Tensor, z1: Tensor, x2: Tensor, z2: Tensor) -> Tensor:
+    shared = torch.exp(theta[:_NUM_GLOBAL])
+    num_groups = len(theta) - _NUM_GLOBAL - len(groups)
+    relevance = torch.exp(theta[_NUM_GLOBAL : _NUM_GLOBAL + num_groups])[groups]
+    scale = relevance * torch.exp(theta[_NUM_GLOBAL + num_groups :]) / shared[3]
+    gap = (z1.unsqueeze(1) - z2) ** 2
+    a, b = x1 * scale, x2 * scale
+    distance = ((a**2).sum(1).unsqueeze(1) + (b**2).sum(1) - 2.0 * a @ b.t()).clamp_min(0.0)
+    linear = shared[0] * 0.1 * x1 @ x2.t() + shared[1] * z1.unsqueeze(1) * z2
+    curve = shared[6] * torch.exp(-0.5 * gap / shared[5] ** 2)
+    return linear + curve + shared[2] * torch.exp(-0.5 * (distance + gap / shared[4] ** 2))
+
+
+def fit_kernel(
+    features: np.ndarray,
+    groups: np.ndarray,
+    budget: np.ndarray,
+    labels: np.ndarray,
+    *,
+    folds: np.ndarray,
+    noise: np.ndarray | None = None,
+    num_iterations: int = 60,
+) -> KernelModel:
+    """Fit hyperparameters by the marginal likelihood (with priors), then the process.
+
+    Args:
+        features: float [n, F], centred additive features.
+        groups: int64 [F], which gene each feature belongs to.
+        budget: float [n], normalised log MACs; zeros for none.
+        labels: float [n], standardised.
+        folds: int [n], whose labels are left out together for `held_out`.
+        noise: float [n], known noise variance of each label in the same unit, or None.
+        num_iterations: Of L-BFGS.
+
+    Returns:
+        The model.
+
+    Source:
+        Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), sec. 5.4 (marginal likelihood
+        with automatic relevance determination; leaving out by the blockwise form of eq. 5.12).
+    """
+    from scipy.optimize import minimize
+
+    x, z = torch.from_numpy(features).double(), torch.from_numpy(budget).double()
+    y = torch.from_numpy(labels).double()
+    group_index = torch.from_numpy(groups)
+    num_groups = int(groups.max()) + 1
+    known = torch.zeros(len(y), dtype=torch.float64) if noise is None else torch.from_numpy(noise).double()
+    mean = torch.from_numpy(np.concatenate([_PRIOR_MEAN, np.zeros(num_groups + len(groups))]))
+    sd = np.concatenate([_PRIOR_SD, np.full(num_groups, _GROUP_SD), np.full(len(groups), _COLUMN_SD)])
+    spread = torch.from_numpy(sd)
+
+    def gram(theta: Tensor) -> Tensor:
+        return _covariance(theta, group_index, x, z, x, z) + torch.diag(torch.exp(theta[7]) + known + _JITTER)
+
+    def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
+        theta = torch.from_numpy(point).requires_grad_()
+        factor = torch.linalg.cholesky(gram(theta))
+        alpha = torch.cholesky_solve(y.unsqueeze(1), factor).squeeze(1)
+        value = 0.5 * y @ alpha + torch.log(torch.diagonal(factor)).sum()
+        value = value + 0.5 * (((theta - mean) / spread) ** 2).sum()
+        (gradient,) = torch.autograd.grad(value, theta)
+        return float(value.detach()), gradient.numpy()
+
+    bounds = [(m - 6.0, m + 6.0) for m in mean.tolist()]
+    result = minimize(
+        objective,
+        mean.numpy(),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=bounds,
+        options={"maxiter": num_iterations},
+    )
+    theta = torch.from_numpy(result.x)
+    with torch.inference_mode():
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram(theta)))
+        alpha = inverse @ y
+        held_out = y.clone()
+        for fold in np.unique(folds):
+            rows = torch.from_numpy(np.flatnonzero(folds == fold))
+            held_out[rows] -= torch.linalg.solve(inverse[rows][:, rows], alpha[rows])
+    return KernelModel(theta, group_index, x, z, alpha.clone(), held_out.clone())
+
+
+@dataclass(frozen=True)
+class KernelScorer:
+    """A fitted process folded into lookup tables.
+
+    Attributes:
+        table: float32 [num_slots * (max_code + 1), n + 1]: minus half the squared distance that a choice adds
+            to each labelled path, and its linear worth.
+        offset: float32 [n + 1].
+        centres: float32 [n], budgets of the labelled paths.
+        alpha: float32 [n], weights of the interactions.
+        curve: float32 [n], weights of the budget's own curve.
+        scales: (half inverse squared budget length in the interactions, the same in the curve, linear budget
+            worth).
+        slot_starts: int64 [num_slots].
+    """
+
+    table: Tensor
+    offset: Tensor
+    centres: Tensor
+    alpha: Tensor
+    curve: Tensor
+    scales: tuple[float, float, float]
+    slot_starts: Tensor
+
+    @classmethod
+    def fold(
+        cls, model: KernelModel, design: np.ndarray, feature_mean: Tensor, centre: float, scale: float
+    ) -> KernelScorer:
+        """Fold a model.
+
+        Args:
+            model: The fitted process.
+            design: float32 [num_slots, max_code + 1, F].
+            feature_mean: [F], subtracted from features.
+            centre: Subtracted from the score.
+            scale: Divides it afterwards.
+
+        Returns:
+            The scorer.
+        """
+        shared = torch.exp(model.theta[:_NUM_GLOBAL]).tolist()
+        columns = model.column_scale()
+        num_slots, num_codes, num_features = design.shape
+        choices = torch.from_numpy(design).double().view(-1, num_features)
+        mean = feature_mean.double()
+        # |x - c|^2 = |x|^2 - 2 x.c + |c|^2 with x = sum of choices; different slots have different columns, so
+        # |x|^2 is additive as well.
+        scaled, centres = choices * columns, (model.features + mean) * columns
+        distance = (scaled**2).sum(1, keepdim=True) - 2.0 * scaled @ centres.t()
+        worth = 0.1 * shared[0] * (model.features.t() @ model.alpha) / scale
+        table = torch.cat([-0.5 * distance, (choices @ worth).unsqueeze(1)], dim=1)
+        offset = torch.cat([-0.5 * (centres**2).sum(1), (-(mean @ worth) - centre / scale).view(1)])
+        return cls(
+            table=table.float().contiguous(),
+            offset=offset.float(),
+            centres=model.budget.float(),
+            alpha=(shared[2] * model.alpha / scale).float(),
+            curve=(shared[6] * model.alpha / scale).float(),
+            scales=(
+                0.5 / shared[4] ** 2,
+                0.5 / shared[5] ** 2,
+                shared[1] * float(model.budget @ model.alpha) / scale,
+            ),
+            slot_starts=torch.arange(num_slots) * num_codes,
+        )
+
+    @torch.inference_mode()
+    def score(self, codes: Tensor, budget: Tensor | None) -> Tensor:
+        """Score one chunk.
+
+        Args:
+            codes: uint8 [n, num_slots].
+            budget: float32 [n], normalised log MACs, or None.
+
+        Returns:
+            float32 [n].
+        """
+        flat = F.embedding_bag(codes.long() + self.slot_starts, self.table, mode="sum").add_(self.offset)
+        exponent, linear = flat[:, :-1], flat[:, -1].clone()
+        if budget is not None:
+            gap = (budget.unsqueeze(1) - self.centres).square_()
+            exponent = exponent - self.scales[0] * gap
+            linear += self.scales[2] * budget
+            linear += gap.mul_(-self.scales[1]).exp_() @ self.curve
+        return exponent.exp() @ self.alpha + linear
