@@ -14,72 +14,145 @@ from pfnas_fast.errors import InputError
 from pfnas_fast.run.config import RunConfig, make_config
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
     help="Train a supernet of detectors on your images and search it for one detector per compute budget.",
-)  # fmt: skip
+)
 
-Out = Annotated[FilePath, typer.Option("--out", help="Run folder: everything is written there, and resumed from there.")]
-Data = Annotated[str | None, typer.Option("--data", help="Detection images: a COCO or VOCdevkit folder, or 'digits'.")]
-PretrainData = Annotated[str | None, typer.Option("--pretrain-data", help="Classification images (ImageFolder), or 'digits'.")]
-SpaceName = Annotated[str | None, typer.Option("--space", help="Search space: tiny, ofa_mbv3_w1.0 or a YAML file.")]
-Recipe = Annotated[str, typer.Option("--recipe", help="default, demo, voc, coco, or a YAML file of settings.")]
-Preset = Annotated[str | None, typer.Option("--preset", help="'ofa' = progressive schedule, uniform sampler.")]
+Out = Annotated[
+    FilePath, typer.Option("--out", help="Run folder: everything is written there, and resumed from there.")
+]
+Data = Annotated[
+    str | None, typer.Option("--data", help="Detection images: a COCO or VOCdevkit folder, or 'digits'.")
+]
+PretrainData = Annotated[
+    str | None, typer.Option("--pretrain-data", help="Classification images (ImageFolder), or 'digits'.")
+]
+SpaceName = Annotated[
+    str | None, typer.Option("--space", help="Search space: tiny, ofa_mbv3_w1.0 or a YAML file.")
+]
+Recipe = Annotated[
+    str, typer.Option("--recipe", help="default, demo, voc, coco, or a YAML file of settings.")
+]
+Preset = Annotated[
+    str | None, typer.Option("--preset", help="'ofa' = progressive schedule, uniform sampler.")
+]
 Schedule = Annotated[str | None, typer.Option("--schedule", help="sandwich, progressive or single.")]
 SamplerName = Annotated[
-    str | None, typer.Option("--sampler", help="uniform, balanced, bestup, random_prune, filter_unconditioned or path_filter.")
+    str | None,
+    typer.Option(
+        "--sampler", help="uniform, balanced, bestup, random_prune, filter_unconditioned or path_filter."
+    ),
 ]
 NoPretrain = Annotated[bool, typer.Option("--no-pretrain", help="Start detection from random weights.")]
-TrainFraction = Annotated[float | None, typer.Option("--train-fraction", help="Use this share of the training images.")]
-ForceFilter = Annotated[bool, typer.Option("--force-filter", help="Use the filter even if it ranks no better than MACs.")]
+TrainFraction = Annotated[
+    float | None, typer.Option("--train-fraction", help="Use this share of the training images.")
+]
+ForceFilter = Annotated[
+    bool, typer.Option("--force-filter", help="Use the filter even if it ranks no better than MACs.")
+]
 Backend = Annotated[str | None, typer.Option("--backend", help="fast or reference (pure PyTorch).")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Start of all randomness.")]
-MaxMacs = Annotated[float | None, typer.Option("--max-macs-m", help="Largest budget, millions of MACs of the whole detector.")]
-Assignments = Annotated[list[str] | None, typer.Option("--set", help="Any setting: key=value (see config.yaml of a run).")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and check the settings; load and write nothing.")]
+MaxMacs = Annotated[
+    float | None, typer.Option("--max-macs-m", help="Largest budget, millions of MACs of the whole detector.")
+]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", help="Any setting: key=value (see config.yaml of a run).")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan and check the settings; load and write nothing.")
+]
 
 
 @app.command()
 def run(
-    data: Data = None, pretrain_data: PretrainData = None, space: SpaceName = None, out: Out = FilePath("runs/default"),
-    recipe: Recipe = "default", preset: Preset = None, schedule: Schedule = None, sampler: SamplerName = None,
-    no_pretrain: NoPretrain = False, train_fraction: TrainFraction = None, force_filter: ForceFilter = False,
-    backend: Backend = None, device: Device = None, seed: Seed = None, max_macs_m: MaxMacs = None,
-    assignments: Assignments = None, dry_run: DryRun = False,
-) -> None:  # fmt: skip
+    data: Data = None,
+    pretrain_data: PretrainData = None,
+    space: SpaceName = None,
+    out: Out = FilePath("runs/default"),
+    recipe: Recipe = "default",
+    preset: Preset = None,
+    schedule: Schedule = None,
+    sampler: SamplerName = None,
+    no_pretrain: NoPretrain = False,
+    train_fraction: TrainFraction = None,
+    force_filter: ForceFilter = False,
+    backend: Backend = None,
+    device: Device = None,
+    seed: Seed = None,
+    max_macs_m: MaxMacs = None,
+    assignments: Assignments = None,
+    dry_run: DryRun = False,
+) -> None:
     """The whole job: pre-train, transfer, warm up, label, filter, prune, train, search, report."""
-    overrides = dict(
-        data=data, pretrain_data=pretrain_data, space=space, schedule=schedule, sampler=sampler, train_fraction=train_fraction,
-        backend=backend, device=device, seed=seed, max_macs_m=max_macs_m,
-    )  # fmt: skip
+    overrides = {
+        "data": data,
+        "pretrain_data": pretrain_data,
+        "space": space,
+        "schedule": schedule,
+        "sampler": sampler,
+        "train_fraction": train_fraction,
+        "backend": backend,
+        "device": device,
+        "seed": seed,
+        "max_macs_m": max_macs_m,
+    }
     config = _configure(out, recipe, preset, overrides, no_pretrain, force_filter, assignments)
     _run_all(out, config, dry_run)
 
 
 @app.command()
 def demo(
-    out: Out = FilePath("runs/demo"), preset: Preset = None, schedule: Schedule = None, sampler: SamplerName = None,
-    no_pretrain: NoPretrain = False, backend: Backend = None, seed: Seed = None, assignments: Assignments = None,
+    out: Out = FilePath("runs/demo"),
+    preset: Preset = None,
+    schedule: Schedule = None,
+    sampler: SamplerName = None,
+    no_pretrain: NoPretrain = False,
+    backend: Backend = None,
+    seed: Seed = None,
+    assignments: Assignments = None,
     dry_run: DryRun = False,
-) -> None:  # fmt: skip
+) -> None:
     """The whole job on embedded handwritten digits, within 10 minutes on two CPU cores."""
-    overrides = dict(schedule=schedule, sampler=sampler, backend=backend, seed=seed)
+    overrides = {"schedule": schedule, "sampler": sampler, "backend": backend, "seed": seed}
     config = _configure(out, "demo", preset, overrides, no_pretrain, False, assignments)
     _run_all(out, config, dry_run)
 
 
 def _stage_command(name: str, text: str) -> None:
     def command(
-        out: Out, data: Data = None, pretrain_data: PretrainData = None, space: SpaceName = None, recipe: Recipe = "default",
-        preset: Preset = None, schedule: Schedule = None, sampler: SamplerName = None, no_pretrain: NoPretrain = False,
-        train_fraction: TrainFraction = None, force_filter: ForceFilter = False, backend: Backend = None, device: Device = None,
-        seed: Seed = None, assignments: Assignments = None,
-    ) -> None:  # fmt: skip
-        overrides = dict(
-            data=data, pretrain_data=pretrain_data, space=space, schedule=schedule, sampler=sampler,
-            train_fraction=train_fraction, backend=backend, device=device, seed=seed,
-        )  # fmt: skip
-        _run_stage(name, out, _configure(out, recipe, preset, overrides, no_pretrain, force_filter, assignments))
+        out: Out,
+        data: Data = None,
+        pretrain_data: PretrainData = None,
+        space: SpaceName = None,
+        recipe: Recipe = "default",
+        preset: Preset = None,
+        schedule: Schedule = None,
+        sampler: SamplerName = None,
+        no_pretrain: NoPretrain = False,
+        train_fraction: TrainFraction = None,
+        force_filter: ForceFilter = False,
+        backend: Backend = None,
+        device: Device = None,
+        seed: Seed = None,
+        assignments: Assignments = None,
+    ) -> None:
+        overrides = {
+            "data": data,
+            "pretrain_data": pretrain_data,
+            "space": space,
+            "schedule": schedule,
+            "sampler": sampler,
+            "train_fraction": train_fraction,
+            "backend": backend,
+            "device": device,
+            "seed": seed,
+        }
+        _run_stage(
+            name, out, _configure(out, recipe, preset, overrides, no_pretrain, force_filter, assignments)
+        )
 
     app.command(name, help=text)(command)
 
@@ -99,18 +172,27 @@ for _name, _text in {
 
 @app.command()
 def search(
-    out: Out = FilePath("runs/default"), space: SpaceName = None, max_macs_m: MaxMacs = None, assignments: Assignments = None
-) -> None:  # fmt: skip
+    out: Out = FilePath("runs/default"),
+    space: SpaceName = None,
+    max_macs_m: MaxMacs = None,
+    assignments: Assignments = None,
+) -> None:
     """S7 and S8: search the trained supernet and export the front."""
     from pfnas_fast.space import CostModel, load_space
 
     started = (out / "config.yaml").is_file()
     if max_macs_m is not None and (space is not None or not started):
         # One class is the cheapest head, so what is refused here is impossible for any data.
-        CostModel(load_space(space or "tiny"), num_classes=1).check_budget_m(max_macs_m, argument="--max-macs-m")
+        CostModel(load_space(space or "tiny"), num_classes=1).check_budget_m(
+            max_macs_m, argument="--max-macs-m"
+        )
     if not started:
-        raise InputError(f"search: expected a trained run in --out, got {str(out)!r}; run `pfnas run --out {out}` first")
-    config = _configure(out, "default", None, dict(space=space, max_macs_m=max_macs_m), False, False, assignments)
+        raise InputError(
+            f"search: expected a trained run in --out, got {str(out)!r}; run `pfnas run --out {out}` first"
+        )
+    config = _configure(
+        out, "default", None, {"space": space, "max_macs_m": max_macs_m}, False, False, assignments
+    )
     _run_stage("search", out, config)
 
 
@@ -149,7 +231,9 @@ def val(
 def predict(
     model: Annotated[FilePath, typer.Argument(help="An exported detector (best/<macs>m.pt).")],
     images: Annotated[list[FilePath], typer.Argument(help="Image files or folders.")],
-    out: Annotated[FilePath, typer.Option("--out", help="Folder for drawn images and detections.json.")] = FilePath("predictions"),
+    out: Annotated[
+        FilePath, typer.Option("--out", help="Folder for drawn images and detections.json.")
+    ] = FilePath("predictions"),
     threshold: Annotated[float, typer.Option("--threshold", help="Lowest score.")] = 0.3,
 ) -> None:
     """Detect objects in your images."""
@@ -172,16 +256,21 @@ def export(
 
 @app.command()
 def checks() -> None:
-    """Versions, compiled and active instruction sets, OpenMP, CUDA, and what to do if something is missing."""
+    """Versions, instruction sets, OpenMP, CUDA, and what to do if something is missing."""
     from pfnas_fast._system import system_report
 
     console.print(system_report(), highlight=False)
 
 
 def _configure(
-    out: FilePath, recipe: str, preset: str | None, overrides: dict[str, Any], no_pretrain: bool, force_filter: bool,
+    out: FilePath,
+    recipe: str,
+    preset: str | None,
+    overrides: dict[str, Any],
+    no_pretrain: bool,
+    force_filter: bool,
     assignments: list[str] | None,
-) -> RunConfig:  # fmt: skip
+) -> RunConfig:
     """Settings of the call; in a folder that holds a run, its settings, overridden by what was given."""
     given = dict(overrides)
     if no_pretrain:
@@ -207,7 +296,12 @@ def _run_all(out: FilePath, config: RunConfig, dry_run: bool) -> None:
 
     with StageProgress() as progress:
         job = open_job(out, config, progress)
-        run_all(job, on_stage=lambda name, ran: None if ran else console.print(f"{name}: done before", highlight=False))
+        run_all(
+            job,
+            on_stage=lambda name, ran: (
+                None if ran else console.print(f"{name}: done before", highlight=False)
+            ),
+        )
     print_report(job.run.read_json("report.json"), str(out))
 
 
@@ -215,7 +309,9 @@ def _run_stage(name: str, out: FilePath, config: RunConfig) -> None:
     from pfnas_fast.run.job import open_job, run_stage, stage_names
 
     if name not in stage_names(config):
-        raise InputError(f"{name}: expected one of {', '.join(stage_names(config))} for this run's settings, got {name!r}")
+        raise InputError(
+            f"{name}: expected one of {', '.join(stage_names(config))} for this run's settings, got {name!r}"
+        )
     with StageProgress() as progress:
         ran = run_stage(open_job(out, config, progress), name)
     console.print(f"{name}: {'done' if ran else 'done before'} ({out})", highlight=False)

@@ -8,7 +8,14 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 console = Console()
@@ -27,9 +34,14 @@ class StageProgress:
     def __enter__(self) -> StageProgress:
         if sys.stdout.isatty():
             self._bars = Progress(
-                TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-                TextColumn("{task.fields[info]}"), console=console,
-            )  # fmt: skip
+                TextColumn("{task.description:<12}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[info]}"),
+                console=console,
+            )
             self._bars.start()
         return self
 
@@ -59,9 +71,14 @@ def print_report(report: dict[str, Any], folder: str) -> None:
         table.add_column(name, justify="left" if name == "model" else "right")
     for entry in report["front"]:
         table.add_row(
-            f"{entry['macs_m']:.2f}", f"{entry['params_m']:.3f}", str(entry["path"]["r"]), f"{entry['ap']:.3f}",
-            f"{entry['ap_test']:.3f}", f"{entry['ap50_test']:.3f}", f"{folder}/{entry['model']}",
-        )  # fmt: skip
+            f"{entry['macs_m']:.2f}",
+            f"{entry['params_m']:.3f}",
+            str(entry["path"]["r"]),
+            f"{entry['ap']:.3f}",
+            f"{entry['ap_test']:.3f}",
+            f"{entry['ap50_test']:.3f}",
+            f"{folder}/{entry['model']}",
+        )
     console.print(table)
     against = Table(title="On test: searched path against random paths of the same budget (AP)")
     for name in ("MACs (M)", "searched", "random mean", "random SD", "random best", "random beaten"):
@@ -69,13 +86,18 @@ def print_report(report: dict[str, Any], folder: str) -> None:
     for row in report["against_random"]:
         ap = row["ap"]
         against.add_row(
-            f"{row['macs_m']:.2f}", f"{ap['searched']:.3f}", f"{ap['random_mean']:.3f}", f"{ap['random_sd']:.3f}",
-            f"{ap['random_max']:.3f}", f"{100 * ap['random_beaten']:.0f} % of {row['num_random']}",
-        )  # fmt: skip
+            f"{row['macs_m']:.2f}",
+            f"{ap['searched']:.3f}",
+            f"{ap['random_mean']:.3f}",
+            f"{ap['random_sd']:.3f}",
+            f"{ap['random_max']:.3f}",
+            f"{100 * ap['random_beaten']:.0f} % of {row['num_random']}",
+        )
     console.print(against)
     total = report["compute"]["total"]
     console.print(
-        f"Filter used: {'yes' if report['filter_used'] else 'no'}. Compute: {total['macs_t']:.2f} T MACs, {total['seconds'] / 60:.1f} min. "
+        f"Filter used: {'yes' if report['filter_used'] else 'no'}. "
+        f"Compute: {total['macs_t']:.2f} T MACs, {total['seconds'] / 60:.1f} min. "
         f"Everything is in {folder} (report.json, pareto.png, detections/).",
         highlight=False,
     )
@@ -90,9 +112,14 @@ def print_comparison(comparison: dict[str, Any]) -> None:
     for run in comparison["runs"]:
         total = run["compute"]["total"]
         table.add_row(
-            run["name"], run["schedule"], run["sampler"], f"{run['hypervolume']:.4f}",
-            f"{max(entry['ap_test'] for entry in run['front']):.3f}", f"{total['macs_t']:.2f}", f"{total['seconds'] / 60:.1f}",
-        )  # fmt: skip
+            run["name"],
+            run["schedule"],
+            run["sampler"],
+            f"{run['hypervolume']:.4f}",
+            f"{max(entry['ap_test'] for entry in run['front']):.3f}",
+            f"{total['macs_t']:.2f}",
+            f"{total['seconds'] / 60:.1f}",
+        )
     console.print(table)
     for name, rows in comparison["macs_saved"].items():
         saved = Table(title=f"MACs that {name} saves at equal AP against {comparison['baseline']}")
@@ -100,5 +127,7 @@ def print_comparison(comparison: dict[str, Any]) -> None:
         saved.add_column("saved", justify="right")
         for row in rows:
             share = row["saved"]
-            saved.add_row(f"{row['macs_m']:.2f}", "AP not reached" if share is None else f"{100 * share:.0f} %")
+            saved.add_row(
+                f"{row['macs_m']:.2f}", "AP not reached" if share is None else f"{100 * share:.0f} %"
+            )
         console.print(saved)

@@ -31,13 +31,17 @@ def validate(model: FilePath, data: str, split: str, seed: int) -> dict[str, flo
         raise InputError(f"val: expected one of {', '.join(roles)} for --split, got {split!r}")
     dataset = roles[split]
     if tuple(dataset.class_names) != tuple(detector.class_names):
-        raise InputError(f"val: expected the classes {list(detector.class_names)} in --data, got {list(dataset.class_names)}")
+        raise InputError(
+            f"val: expected the classes {list(detector.class_names)} in --data, "
+            f"got {list(dataset.class_names)}"
+        )
     detections = [detector.predict(dataset.read(i), score_threshold=0.05) for i in range(len(dataset))]
     return evaluate(dataset, detections)
 
 
 def predict_files(model: FilePath, images: Sequence[FilePath], out: FilePath, threshold: float) -> int:
-    """Detect in every image, draw the boxes, and write all detections to `detections.json`; returns the number of images.
+    """Detect in every image, draw the boxes, and write all detections to `detections.json`; returns the
+    number of images.
 
     Raises:
         InputError: not a detector, no image, a missing file or one that cannot be decoded.
@@ -49,12 +53,21 @@ def predict_files(model: FilePath, images: Sequence[FilePath], out: FilePath, th
     for file in files:
         image = read_image(file)
         detection = detector.predict(image, score_threshold=min(threshold, 0.05))
-        write_png(out / f"{file.stem}.png", draw_boxes(image, detection, detector.class_names, threshold=threshold))
+        write_png(
+            out / f"{file.stem}.png", draw_boxes(image, detection, detector.class_names, threshold=threshold)
+        )
         kept = detection.scores >= threshold
         found[str(file)] = [
-            {"box_xyxy_px": [round(v, 2) for v in box], "score": round(score, 4), "class": detector.class_names[label]}
+            {
+                "box_xyxy_px": [round(v, 2) for v in box],
+                "score": round(score, 4),
+                "class": detector.class_names[label],
+            }
             for box, score, label in zip(
-                detection.boxes[kept].tolist(), detection.scores[kept].tolist(), detection.labels[kept].tolist(), strict=True
+                detection.boxes[kept].tolist(),
+                detection.scores[kept].tolist(),
+                detection.labels[kept].tolist(),
+                strict=True,
             )
         ]
     (out / "detections.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -84,9 +97,15 @@ def export_model(model: FilePath, out: FilePath) -> str:
         raise InputError(f"export: expected a file name ending in .onnx or .pt2 for --out, got {str(out)!r}")
     difference = max(float((a - e).abs().max()) for a, e in zip(actual, expected, strict=True))
     if not difference <= _EXPORT_TOLERANCE:
-        raise InputError(f"export: expected outputs equal to {_EXPORT_TOLERANCE:g}, got a difference of {difference:g}; {out} is not usable")
+        raise InputError(
+            f"export: expected outputs equal to {_EXPORT_TOLERANCE:g}, got a difference of {difference:g}; "
+            f"{out} is not usable"
+        )
     height, width = detector.canvas
-    return f"{out}: input [1, 3, {height}, {width}], outputs logits, boxes (px), centerness; differs by {difference:.1e} from the original"
+    return (
+        f"{out}: input [1, 3, {height}, {width}], outputs logits, boxes (px), centerness; "
+        f"differs by {difference:.1e} from the original"
+    )
 
 
 class _Dense(nn.Module):
@@ -106,8 +125,17 @@ def _export_onnx(dense: nn.Module, example: Tensor, out: FilePath) -> list[Tenso
         import onnxruntime
         import onnxscript  # noqa: F401 - torch.onnx needs it
     except ImportError as error:
-        raise InputError(f"export: expected the packages onnx, onnxscript and onnxruntime for a .onnx file, got: {error}") from error
-    torch.onnx.export(dense, (example,), str(out), dynamo=True, input_names=["images"], output_names=["logits", "boxes", "centerness"])
+        raise InputError(
+            f"export: expected the packages onnx, onnxscript and onnxruntime for a .onnx file, got: {error}"
+        ) from error
+    torch.onnx.export(
+        dense,
+        (example,),
+        str(out),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits", "boxes", "centerness"],
+    )
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     return [torch.from_numpy(array) for array in session.run(None, {"images": example.numpy()})]
 
@@ -122,5 +150,7 @@ def _list_images(images: Sequence[FilePath]) -> list[FilePath]:
         else:
             raise InputError(f"predict: expected an image file or folder for images, got {str(item)!r}")
     if not files:
-        raise InputError(f"predict: expected at least one image in {[str(item) for item in images]}, got none")
+        raise InputError(
+            f"predict: expected at least one image in {[str(item) for item in images]}, got none"
+        )
     return files

@@ -24,10 +24,13 @@ def compare_runs(folders: Sequence[str | FilePath], *, png: FilePath | None = No
         png: Where to draw the fronts.
 
     Returns:
-        "reference": the hypervolume's worst corner [MACs in millions, AP] = the dearest path of the space and AP 0;
-        "runs": per run its name, schedule, sampler, front, hypervolume (AP x natural log of MACs, on test), compute per
-        stage, random paths of the same budget; "macs_saved": per run but the first, per budget of the baseline's front, the share of
-        MACs saved at the baseline's test AP (None where the run never reaches it).
+        "reference": the hypervolume's worst corner [MACs in millions, AP] = the dearest path of the space and
+            AP 0;
+        "runs": per run its name, schedule, sampler, front, hypervolume (AP x natural log of MACs, on test),
+            compute per
+        stage, random paths of the same budget; "macs_saved": per run but the first, per budget of the
+        baseline's front, the share of MACs saved at the baseline's test AP (None where the run never reaches
+        it).
 
     Raises:
         InputError: fewer than two runs, an unfinished one, or runs of different data or spaces.
@@ -40,10 +43,16 @@ def compare_runs(folders: Sequence[str | FilePath], *, png: FilePath | None = No
         for key in ("data", "space"):
             first, other = getattr(runs[0].config, key), getattr(run.config, key)
             if first != other:
-                raise InputError(f"compare: expected runs of one {key}, got {first!r} in {runs[0].folder} and {other!r} in {run.folder}")
+                raise InputError(
+                    f"compare: expected runs of one {key}, got {first!r} in {runs[0].folder} "
+                    f"and {other!r} in {run.folder}"
+                )
     assert runs[0].config is not None
     num_classes = len(runs[0].read_json("splits.json")["class_names"])
-    reference = (CostModel(load_space(runs[0].config.space), num_classes=num_classes).range_m()[1] * 1.001, 0.0)
+    reference = (
+        CostModel(load_space(runs[0].config.space), num_classes=num_classes).range_m()[1] * 1.001,
+        0.0,
+    )
     fronts = {name: _front(report) for name, report in reports.items()}
     rows = []
     for name, report in reports.items():
@@ -51,7 +60,10 @@ def compare_runs(folders: Sequence[str | FilePath], *, png: FilePath | None = No
             {
                 "name": name,
                 **report["config"],
-                "front": [{key: entry[key] for key in ("macs_m", "ap_test", "ap50_test")} for entry in report["front"]],
+                "front": [
+                    {key: entry[key] for key in ("macs_m", "ap_test", "ap50_test")}
+                    for entry in report["front"]
+                ],
                 "hypervolume": hypervolume(*fronts[name], reference=reference),
                 "compute": report["compute"],
                 "against_random": report["against_random"],
@@ -60,7 +72,10 @@ def compare_runs(folders: Sequence[str | FilePath], *, png: FilePath | None = No
     baseline = next(iter(fronts))
     budgets = [float(value) for value in fronts[baseline][0]]
     saved = {
-        name: [{"macs_m": budget, "saved": share} for budget, share in macs_saved_at_equal_ap(front, fronts[baseline], budgets).items()]
+        name: [
+            {"macs_m": budget, "saved": share}
+            for budget, share in macs_saved_at_equal_ap(front, fronts[baseline], budgets).items()
+        ]
         for name, front in fronts.items()
         if name != baseline
     }
@@ -71,7 +86,8 @@ def compare_runs(folders: Sequence[str | FilePath], *, png: FilePath | None = No
 
 def _front(report: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """(MACs in millions, AP on test) of a run's front."""
-    return tuple(np.array([entry[key] for entry in report["front"]]) for key in ("macs_m", "ap_test"))  # type: ignore[return-value]
+    macs_m, ap = ([entry[key] for entry in report["front"]] for key in ("macs_m", "ap_test"))
+    return np.array(macs_m), np.array(ap)
 
 
 def _name(run: Run, runs: Sequence[Run]) -> str:

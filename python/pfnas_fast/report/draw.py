@@ -14,11 +14,24 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from pfnas_fast.data import DetectionDataset
 from pfnas_fast.detection import Detection
 
-_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#000075", "#800000")
+_COLOURS = (
+    "#e6194b",
+    "#3cb44b",
+    "#4363d8",
+    "#f58231",
+    "#911eb4",
+    "#008080",
+    "#9a6324",
+    "#808000",
+    "#000075",
+    "#800000",
+)
 _SHOWN_SIDE_PX = 480
 
 
-def draw_boxes(image: Tensor, detection: Detection, class_names: Sequence[str], *, threshold: float = 0.3) -> Tensor:
+def draw_boxes(
+    image: Tensor, detection: Detection, class_names: Sequence[str], *, threshold: float = 0.3
+) -> Tensor:
     """Draw the detections scored at least `threshold`.
 
     Args:
@@ -37,7 +50,10 @@ def draw_boxes(image: Tensor, detection: Detection, class_names: Sequence[str], 
     if not bool(kept.any()):
         return canvas
     labels = detection.labels[kept].tolist()
-    texts = [f"{class_names[label]} {score:.2f}" for label, score in zip(labels, detection.scores[kept].tolist(), strict=True)]
+    texts = [
+        f"{class_names[label]} {score:.2f}"
+        for label, score in zip(labels, detection.scores[kept].tolist(), strict=True)
+    ]
     colours = [_COLOURS[label % len(_COLOURS)] for label in labels]
     return draw_bounding_boxes(canvas, detection.boxes[kept] * factor, texts, colors=colours, width=2)
 
@@ -48,7 +64,10 @@ def draw_detections(file: FilePath, dataset: DetectionDataset, detections: Seque
     for index, detection in enumerate(detections):
         image, target = dataset.read(index), dataset.target(index)
         truth = Detection(target.boxes, torch.ones(len(target.boxes)), target.labels)
-        tiles += [draw_boxes(image, truth, dataset.class_names), draw_boxes(image, detection, dataset.class_names)]
+        tiles += [
+            draw_boxes(image, truth, dataset.class_names),
+            draw_boxes(image, detection, dataset.class_names),
+        ]
     height, width = (max(tile.shape[axis] for tile in tiles) for axis in (1, 2))
     padded = [F.pad(tile, [0, 0, width - tile.shape[2], height - tile.shape[1]], fill=255) for tile in tiles]
     write_png(file, make_grid(padded, nrow=2, padding=4, pad_value=255))

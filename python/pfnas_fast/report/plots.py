@@ -22,14 +22,20 @@ def plot_front(file: FilePath, reports: dict[str, dict[str, Any]]) -> None:
         colour = f"C{index}"
         front = report["front"]
         macs_m = [entry["macs_m"] for entry in front]
-        axes.plot(macs_m, [entry["ap_test"] for entry in front], "o-", color=colour, label=f"{name}: searched")
+        axes.plot(
+            macs_m, [entry["ap_test"] for entry in front], "o-", color=colour, label=f"{name}: searched"
+        )
         rows = report["against_random"]
         axes.errorbar(
             [row["macs_m"] for row in rows],
             [row["ap"]["random_mean"] for row in rows],
             [row["ap"]["random_sd"] for row in rows],
-            fmt="x", color=colour, alpha=0.6, capsize=4, label=f"{name}: random paths, mean and SD",
-        )  # fmt: skip
+            fmt="x",
+            color=colour,
+            alpha=0.6,
+            capsize=4,
+            label=f"{name}: random paths, mean and SD",
+        )
     axes.set_xscale("log")
     axes.set_xlabel("MACs of the whole detector (millions)")
     axes.set_ylabel("COCO AP on test")

@@ -26,8 +26,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 class RunConfig:
     """The settings of one run; steps, never seconds, so that a run can be repeated and resumed exactly.
 
-    `train_steps` and `warmup_steps` are counted in sandwich steps (largest + smallest + two free paths). Another
-    schedule gets as many steps of its own as cost the same multiply-accumulates (`train.schedules.equal_compute_steps`).
+    `train_steps` and `warmup_steps` are counted in sandwich steps (largest + smallest + two free paths).
+    Another schedule gets as many steps of its own as cost the same multiply-accumulates
+    (`train.schedules.equal_compute_steps`).
     """
 
     # What is trained on what.
@@ -96,7 +97,9 @@ class RunConfig:
                 raise InputError(f"config: expected at least 1 for {name}, got {getattr(self, name)!r}")
         for name in ("pretrain_learning_rate", "learning_rate"):
             if not getattr(self, name) > 0:
-                raise InputError(f"config: expected a positive number for {name}, got {getattr(self, name)!r}")
+                raise InputError(
+                    f"config: expected a positive number for {name}, got {getattr(self, name)!r}"
+                )
         for name in ("finetune_steps", "num_workers"):
             if getattr(self, name) < 0:
                 raise InputError(f"config: expected at least 0 for {name}, got {getattr(self, name)!r}")
@@ -111,14 +114,30 @@ class RunConfig:
 
 
 _AT_LEAST_ONE = (
-    "calib_images", "pretrain_steps", "pretrain_batch_size", "warmup_steps", "train_steps", "batch_size", "num_bins",
-    "labels_per_bin", "filter_members", "num_budgets", "search_iterations", "candidates_per_budget", "random_paths",
-    "report_budgets", "checkpoint_every",
-)  # fmt: skip
+    "calib_images",
+    "pretrain_steps",
+    "pretrain_batch_size",
+    "warmup_steps",
+    "train_steps",
+    "batch_size",
+    "num_bins",
+    "labels_per_bin",
+    "filter_members",
+    "num_budgets",
+    "search_iterations",
+    "candidates_per_budget",
+    "random_paths",
+    "report_budgets",
+    "checkpoint_every",
+)
 
 
 def make_config(
-    *, recipe: str = "default", preset: str | None = None, overrides: dict[str, Any] | None = None, assignments: list[str] | None = None
+    *,
+    recipe: str = "default",
+    preset: str | None = None,
+    overrides: dict[str, Any] | None = None,
+    assignments: list[str] | None = None,
 ) -> RunConfig:
     """Put a configuration together: recipe, then preset, then named options, then `key=value` assignments.
 
@@ -167,7 +186,9 @@ def load_config(file: FilePath) -> RunConfig:
 def recipe_names() -> list[str]:
     """Names of the shipped recipes."""
     folder = resources.files("pfnas_fast.run") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def _read_recipe(recipe: str) -> dict[str, Any]:
@@ -176,15 +197,20 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     elif FilePath(recipe).is_file():
         text = FilePath(recipe).read_text()
     else:
-        raise InputError(f"config: expected one of {', '.join(recipe_names())} or a YAML file for recipe, got {recipe!r}")
+        raise InputError(
+            f"config: expected one of {', '.join(recipe_names())} or a YAML file for recipe, got {recipe!r}"
+        )
     values = yaml.safe_load(text) or {}
     if not isinstance(values, dict):
-        raise InputError(f"config: expected a mapping of settings in recipe {recipe!r}, got {type(values).__name__}")
+        raise InputError(
+            f"config: expected a mapping of settings in recipe {recipe!r}, got {type(values).__name__}"
+        )
     return values
 
 
 def _convert(key: str, value: Any, hint: Any) -> Any:
-    """Accept exactly the declared type; an int is a fine float, and a YAML float such as 1e-3 may arrive as text."""
+    """Accept exactly the declared type; an int is a fine float, and a YAML float such as 1e-3 may arrive as
+    text."""
     allowed = get_args(hint) or (hint,)
     if value is None and type(None) in allowed:
         return None

@@ -38,7 +38,8 @@ class FixedPath:
 
 
 def finetune_front(job: Job, net: DetectionSupernet, front: list[Path]) -> list[dict[str, Any]]:
-    """Train each path of the front alone for `finetune_steps`, from the supernet's weights, and measure it on `test`.
+    """Train each path of the front alone for `finetune_steps`, from the supernet's weights, and measure it on
+    `test`.
 
     Returns:
         One row per path: path, MACs (millions), AP and AP50 on test.
@@ -47,14 +48,31 @@ def finetune_front(job: Job, net: DetectionSupernet, front: list[Path]) -> list[
     for index, path in enumerate(front):
         tuned = copy.deepcopy(net)
         train(
-            tuned, job.data.fit, sampler=FixedPath(job.space, path), schedule="single", steps=job.config.finetune_steps,
-            batch_size=job.config.batch_size, learning_rate=_RATE_FACTOR * job.config.learning_rate,
-            weight_decay=job.config.weight_decay, ema_decay=job.config.ema_decay, augmentation=job.augmentation(),
-            checkpoint_every=job.config.checkpoint_every, run=job.run, stage=f"finetune-{index}", progress=job.progress,
-        )  # fmt: skip
+            tuned,
+            job.data.fit,
+            sampler=FixedPath(job.space, path),
+            schedule="single",
+            steps=job.config.finetune_steps,
+            batch_size=job.config.batch_size,
+            learning_rate=_RATE_FACTOR * job.config.learning_rate,
+            weight_decay=job.config.weight_decay,
+            ema_decay=job.config.ema_decay,
+            augmentation=job.augmentation(),
+            checkpoint_every=job.config.checkpoint_every,
+            run=job.run,
+            stage=f"finetune-{index}",
+            progress=job.progress,
+        )
         evaluator = PathEvaluator(tuned, job.data.test, calib=job.data.calib)
         metrics = evaluator.metrics(path)
         with job.run.atomic(f"best/{job.cost.path_macs_m(path):.2f}m-finetuned.pt") as temporary:
             tuned.extract(path, evaluator.statistics(path), class_names=job.data.class_names).save(temporary)
-        rows.append({"path": path.to_json(), "macs_m": job.cost.path_macs_m(path), "ap_test": metrics["ap"], "ap50_test": metrics["ap50"]})
+        rows.append(
+            {
+                "path": path.to_json(),
+                "macs_m": job.cost.path_macs_m(path),
+                "ap_test": metrics["ap"],
+                "ap50_test": metrics["ap50"],
+            }
+        )
     return rows

@@ -18,11 +18,15 @@ from pfnas_fast.space import BudgetSampler, CostModel, Path
 from pfnas_fast.train import Labels, PathEvaluator, label_paths
 from pfnas_fast.train.engine import stream_id
 
-_RANDOM_WINDOW = (0.93, 1.0)  # a random path counts as "of the same budget" within 7 % below the searched path's MACs
+_RANDOM_WINDOW = (
+    0.93,
+    1.0,
+)  # a random path counts as "of the same budget" within 7 % below the searched path's MACs
 
 
 def search_budgets_m(cost: CostModel, *, num_budgets: int, max_macs_m: float | None) -> list[float]:
-    """Budgets evenly spaced in log MACs, from a little above the cheapest path to the dearest (or `max_macs_m`)."""
+    """Budgets evenly spaced in log MACs, from a little above the cheapest path to the dearest (or
+    `max_macs_m`)."""
     low, high = cost.range_m()
     if max_macs_m is not None:
         cost.check_budget_m(max_macs_m, argument="max_macs_m")
@@ -39,25 +43,37 @@ def run_search(job: Job) -> None:
     flt = search_filter(job)
     pruned = None
     if config.sampler == "path_filter" and run.read_json("filter/report.json")["filter_used"]:
-        pruned = BudgetThresholds.from_state_dict(run.read_json("filter/thresholds.json"), job.load_filter(), job.cost)
+        pruned = BudgetThresholds.from_state_dict(
+            run.read_json("filter/thresholds.json"), job.load_filter(), job.cost
+        )
     net = job.load_net("train")
     front = search(
-        net, flt, budgets_macs_m=budgets, select=job.data.select, calib=job.data.calib, pruned=pruned,
-        candidates_per_budget=config.candidates_per_budget, resolution=config.search_resolution,
-        config=EvolutionConfig(iterations=config.search_iterations), run=run, progress=job.progress,
-    )  # fmt: skip
+        net,
+        flt,
+        budgets_macs_m=budgets,
+        select=job.data.select,
+        calib=job.data.calib,
+        pruned=pruned,
+        candidates_per_budget=config.candidates_per_budget,
+        resolution=config.search_resolution,
+        config=EvolutionConfig(iterations=config.search_iterations),
+        run=run,
+        progress=job.progress,
+    )
     for member in front:
         with run.atomic(f"best/{model_name(member.macs_m)}") as temporary:
             member.export().save(temporary)
-    run.write_json("search.json", {"budgets_m": budgets, "candidates": front.num_candidates, "macs_t": front.macs_t})
+    run.write_json(
+        "search.json", {"budgets_m": budgets, "candidates": front.num_candidates, "macs_t": front.macs_t}
+    )
     run.write_json("pareto.json", [member.to_json() for member in front])
 
 
 def search_filter(job: Job) -> PathFilter:
     """The predictor of the search: fitted to all labels, those made after a filtered training included.
 
-    Labels from before and after differ in level and spread, so each set is standardised by itself; a pairwise loss
-    between sets then asks only what is true of both.
+    Labels from before and after differ in level and spread, so each set is standardised by itself; a pairwise
+    loss between sets then asks only what is true of both.
     """
     sets = [measure_labels(job)]
     if job.config.uses_filter:
@@ -69,8 +85,12 @@ def search_filter(job: Job) -> PathFilter:
         noise.append(np.full(len(labels.paths), labels.label_sd / spread))
     paths = [path for labels in sets for path in labels.paths]
     macs_m = np.concatenate([labels.macs_m for labels in sets])
-    flt = PathFilter(job.space, cost=job.cost, condition=job.filter_condition, num_members=job.config.filter_members)
-    return flt.fit(paths, np.concatenate(values), macs_m, label_sd=np.concatenate(noise), seed=job.config.seed)
+    flt = PathFilter(
+        job.space, cost=job.cost, condition=job.filter_condition, num_members=job.config.filter_members
+    )
+    return flt.fit(
+        paths, np.concatenate(values), macs_m, label_sd=np.concatenate(noise), seed=job.config.seed
+    )
 
 
 def model_name(macs_m: float) -> str:
@@ -87,10 +107,20 @@ def run_report(job: Job) -> None:
     front = [job.space.path_from_json(entry["path"]) for entry in entries]
     on_test = _measure(job, net, front, "front_test")
     report: dict[str, Any] = {
-        "config": {"space": config.space, "schedule": config.schedule, "sampler": config.sampler, "seed": config.seed},
+        "config": {
+            "space": config.space,
+            "schedule": config.schedule,
+            "sampler": config.sampler,
+            "seed": config.seed,
+        },
         "images": {role: len(dataset) for role, dataset in job.data.roles().items()},
         "front": [
-            {**entry, "model": f"best/{model_name(entry['macs_m'])}", "ap_test": on_test.values["ap"][i], "ap50_test": on_test.values["ap50"][i]}
+            {
+                **entry,
+                "model": f"best/{model_name(entry['macs_m'])}",
+                "ap_test": on_test.values["ap"][i],
+                "ap50_test": on_test.values["ap50"][i],
+            }
             for i, entry in enumerate(entries)
         ],
     }
@@ -112,14 +142,23 @@ def run_report(job: Job) -> None:
 
 def _measure(job: Job, net: Any, paths: list[Path], stage: str) -> Labels:
     return label_paths(
-        net, job.data.test, paths=paths, num_bins=job.config.num_bins, calib=job.data.calib, run=job.run, stage=stage,
+        net,
+        job.data.test,
+        paths=paths,
+        num_bins=job.config.num_bins,
+        calib=job.data.calib,
+        run=job.run,
+        stage=stage,
         progress=job.progress,
-    )  # fmt: skip
+    )
 
 
 def _random_paths(job: Job, front: list[Path]) -> dict[int, list[Path]]:
-    """For evenly spaced members of the front: random paths (gene measure) of their budget; index in front -> paths."""
-    chosen = np.unique(np.round(np.linspace(0, len(front) - 1, max(3, job.config.report_budgets) + 2)[1:-1]).astype(int))
+    """For evenly spaced members of the front: random paths (gene measure) of their budget; index in front ->
+    paths."""
+    chosen = np.unique(
+        np.round(np.linspace(0, len(front) - 1, max(3, job.config.report_budgets) + 2)[1:-1]).astype(int)
+    )
     if len(front) <= 3:
         chosen = np.arange(len(front))
     sampler = BudgetSampler(job.cost)
@@ -136,7 +175,9 @@ def _random_paths(job: Job, front: list[Path]) -> dict[int, list[Path]]:
     return groups
 
 
-def _against_random(front: list[Path], on_test: Labels, random: dict[int, list[Path]], on_random: Labels) -> list[dict[str, Any]]:
+def _against_random(
+    front: list[Path], on_test: Labels, random: dict[int, list[Path]], on_random: Labels
+) -> list[dict[str, Any]]:
     rows, start = [], 0
     for index, group in random.items():
         values = {name: on_random.values[name][start : start + len(group)] for name in ("ap", "ap50")}
@@ -160,7 +201,12 @@ def _spans(front: list[Path], cost: CostModel) -> dict[str, dict[str, float]]:
     spans = {}
     for resolution in sorted({path.resolution for path in front}):
         macs_m = [cost.path_macs_m(path) for path in front if path.resolution == resolution]
-        spans[str(resolution)] = {"num": len(macs_m), "low_m": min(macs_m), "high_m": max(macs_m), "ratio": max(macs_m) / min(macs_m)}
+        spans[str(resolution)] = {
+            "num": len(macs_m),
+            "low_m": min(macs_m),
+            "high_m": max(macs_m),
+            "ratio": max(macs_m) / min(macs_m),
+        }
     return spans
 
 
@@ -175,7 +221,11 @@ def _correlations(job: Job, on_random: Labels) -> dict[str, dict[str, float]]:
             continue
         log_macs = np.log(labels.macs_m)
         pearson, kendall = stats.pearsonr(log_macs, labels.ap), stats.kendalltau(log_macs, labels.ap)
-        result[name] = {"num": len(labels.paths), "pearson": float(pearson.statistic), "kendall": float(kendall.statistic)}
+        result[name] = {
+            "num": len(labels.paths),
+            "pearson": float(pearson.statistic),
+            "kendall": float(kendall.statistic),
+        }
     return result
 
 

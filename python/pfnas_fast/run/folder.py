@@ -111,7 +111,9 @@ class Run:
         file = self.folder / name
         if not file.exists():
             stage = PRODUCERS.get(name, "run")
-            raise InputError(f"expected {name} in {self.folder}, got none; run `pfnas {stage} --out {self.folder}` first")
+            raise InputError(
+                f"expected {name} in {self.folder}, got none; run `pfnas {stage} --out {self.folder}` first"
+            )
         return file
 
     @contextmanager

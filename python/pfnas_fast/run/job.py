@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole job as stages over one run folder: each reads what earlier ones wrote, and is passed over when done.
+"""The whole job as stages over one run folder: each reads what earlier ones wrote, and is passed over when
+done.
 
-    pretrain -> transfer -> warmup -> label -> filter -> prune -> train -> search -> report     (filtered samplers)
-    pretrain -> transfer -> train  -> label -> filter -> search -> report                       (all others)
+    pretrain -> transfer -> warmup -> label -> filter -> prune -> train -> search -> report     (filtered
+    samplers) pretrain -> transfer -> train  -> label -> filter -> search -> report                       (all
+    others)
 
-Samplers without a filter train in one piece and label afterwards; their filter only guides the search, as Once-for-All's
-accuracy predictor does. Training compute, the number of labelled paths and of evaluated candidates are the same for all.
+Samplers without a filter train in one piece and label afterwards; their filter only guides the search, as
+Once-for-All's accuracy predictor does. Training compute, the number of labelled paths and of evaluated
+candidates are the same for all.
 """
 
 from __future__ import annotations
@@ -16,10 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-import numpy as np
 import torch
 
-from pfnas_fast.data import Augmentation, ClassificationData, DetectionData, Roles, check_images, load_classification, load_detection
+from pfnas_fast.data import (
+    Augmentation,
+    ClassificationData,
+    DetectionData,
+    Roles,
+    check_images,
+    load_classification,
+    load_detection,
+)
 from pfnas_fast.detection import DetectionSupernet
 from pfnas_fast.errors import InputError
 from pfnas_fast.filter import PathFilter
@@ -31,7 +41,7 @@ from pfnas_fast.run.folder import Run
 from pfnas_fast.space import CostModel, Space, load_space
 from pfnas_fast.supernet import ClassificationSupernet
 from pfnas_fast.train import Labels, classification_accuracy, label_paths, pretrain, train
-from pfnas_fast.train.engine import Progress, stream_id
+from pfnas_fast.train.engine import Progress
 from pfnas_fast.train.schedules import equal_compute_steps
 
 
@@ -56,7 +66,9 @@ class Job:
     @functools.cached_property
     def data(self) -> DetectionData:
         roles = Roles(label=self.config.label_fraction, calib=self.config.calib_images)
-        data = load_detection(self.config.data, roles=roles, seed=self.config.seed, fraction=self.config.train_fraction)
+        data = load_detection(
+            self.config.data, roles=roles, seed=self.config.seed, fraction=self.config.train_fraction
+        )
         if not self.run.has("splits.json"):
             self.run.write_json("splits.json", data.splits())
         return data
@@ -73,14 +85,18 @@ class Job:
         """A detection supernet with the run's initial weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            net = DetectionSupernet(self.space, num_classes=self.data.num_classes, backend=self.config.backend)
+            net = DetectionSupernet(
+                self.space, num_classes=self.data.num_classes, backend=self.config.backend
+            )
         return net.to(self.config.device)
 
     def load_net(self, checkpoint: str) -> DetectionSupernet:
         """The supernet as stage `checkpoint` left it, in eval mode."""
         state = self.run.load(checkpoint)
         if not state.get("finished", True):
-            raise InputError(f"expected a finished stage {checkpoint!r} in {self.run.folder}, got step {state['step']}")
+            raise InputError(
+                f"expected a finished stage {checkpoint!r} in {self.run.folder}, got step {state['step']}"
+            )
         net = self.new_net()
         net.load_state_dict(state["model"])
         return net.eval()
@@ -91,7 +107,12 @@ class Job:
         return "train"
 
     def load_filter(self) -> PathFilter:
-        flt = PathFilter(self.space, cost=self.cost, condition=self.filter_condition, num_members=self.config.filter_members)
+        flt = PathFilter(
+            self.space,
+            cost=self.cost,
+            condition=self.filter_condition,
+            num_members=self.config.filter_members,
+        )
         flt.load_state_dict(self.run.load("filter"))
         return flt
 
@@ -106,7 +127,9 @@ class Job:
         return self.config.labels_per_bin + extra
 
     def augmentation(self) -> Augmentation:
-        return Augmentation(flip=0.5 if self.config.hflip else 0.0, vertical_flip=0.5 if self.config.vflip else 0.0)
+        return Augmentation(
+            flip=0.5 if self.config.hflip else 0.0, vertical_flip=0.5 if self.config.vflip else 0.0
+        )
 
 
 def stage_names(config: RunConfig) -> list[str]:
@@ -123,14 +146,25 @@ def run_pretrain(job: Job) -> None:
     space = job.space.for_classification()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        net = ClassificationSupernet(space, num_classes=len(data.class_names), backend=config.backend).to(config.device)
+        net = ClassificationSupernet(space, num_classes=len(data.class_names), backend=config.backend).to(
+            config.device
+        )
     pretrain(
-        net, data, steps=config.pretrain_steps, batch_size=config.pretrain_batch_size, hflip=config.hflip,
-        learning_rate=config.pretrain_learning_rate, weight_decay=config.weight_decay, ema_decay=config.ema_decay,
-        checkpoint_every=config.checkpoint_every, run=job.run, progress=job.progress,
-    )  # fmt: skip
+        net,
+        data,
+        steps=config.pretrain_steps,
+        batch_size=config.pretrain_batch_size,
+        hflip=config.hflip,
+        learning_rate=config.pretrain_learning_rate,
+        weight_decay=config.weight_decay,
+        ema_decay=config.ema_decay,
+        checkpoint_every=config.checkpoint_every,
+        run=job.run,
+        progress=job.progress,
+    )
     accuracy = {
-        name: classification_accuracy(net, data, path) for name, path in (("largest", space.max_path()), ("smallest", space.min_path()))
+        name: classification_accuracy(net, data, path)
+        for name, path in (("largest", space.max_path()), ("smallest", space.min_path()))
     }
     job.run.write_json("pretrain.json", {"top1": accuracy, "chance": 1 / len(data.class_names)})
 
@@ -152,7 +186,10 @@ def run_warmup(job: Job) -> None:
 def run_label(job: Job) -> None:
     """S3: measure paths in every budget bin on images that no weight has seen."""
     labels = measure_labels(job)
-    job.run.write_json("labels.json", {"num": len(labels.paths), "label": labels.label_name, "reliability": labels.reliability})
+    job.run.write_json(
+        "labels.json",
+        {"num": len(labels.paths), "label": labels.label_name, "reliability": labels.reliability},
+    )
 
 
 def measure_labels(job: Job) -> Labels:
@@ -160,21 +197,35 @@ def measure_labels(job: Job) -> Labels:
     checkpoint = "warmup" if job.config.uses_filter else "train"
     check_images(job.data.label)
     return label_paths(
-        job.load_net(checkpoint), job.data.label, per_bin=job.labels_per_bin, num_bins=job.config.num_bins, calib=job.data.calib,
-        run=job.run, progress=job.progress,
-    )  # fmt: skip
+        job.load_net(checkpoint),
+        job.data.label,
+        per_bin=job.labels_per_bin,
+        num_bins=job.config.num_bins,
+        calib=job.data.calib,
+        run=job.run,
+        progress=job.progress,
+    )
 
 
 def run_filter(job: Job) -> None:
     """S4: fit the path filter and report how far it can be trusted."""
     job.run.require("labels.csv")
     labels = measure_labels(job)
-    flt = PathFilter(job.space, cost=job.cost, condition=job.filter_condition, num_members=job.config.filter_members)
+    flt = PathFilter(
+        job.space, cost=job.cost, condition=job.filter_condition, num_members=job.config.filter_members
+    )
     flt.fit(labels.paths, labels.label, labels.macs_m, label_sd=labels.label_sd, seed=job.config.seed)
     report = filter_report(
-        flt, labels.paths, labels.label, labels.macs_m, label_halves=labels.halves(labels.label_name), label_sd=labels.label_sd,
-        num_bins=job.config.num_bins, seed=job.config.seed, png=job.run.path("filter/report.png"),
-    )  # fmt: skip
+        flt,
+        labels.paths,
+        labels.label,
+        labels.macs_m,
+        label_halves=labels.halves(labels.label_name),
+        label_sd=labels.label_sd,
+        num_bins=job.config.num_bins,
+        seed=job.config.seed,
+        png=job.run.path("filter/report.png"),
+    )
     report["label"] = {"name": labels.label_name, "reliability": labels.reliability, "macs_t": labels.macs_t}
     report["filter_used"] = bool(job.config.uses_filter and (report["use_filter"] or job.config.force_filter))
     job.run.save("filter", flt.state_dict())
@@ -195,7 +246,14 @@ def run_train(job: Job) -> None:
     check_images(job.data.fit)
     sampler = train_sampler(job)
     if not config.uses_filter:
-        _train(job, job.load_net("transfer"), sampler, "train", config.schedule, config.warmup_steps + config.train_steps)
+        _train(
+            job,
+            job.load_net("transfer"),
+            sampler,
+            "train",
+            config.schedule,
+            config.warmup_steps + config.train_steps,
+        )
         return
     _train(job, job.load_net("warmup"), sampler, "train", config.schedule, config.train_steps)
     labels = measure_drift(job)
@@ -212,9 +270,15 @@ def run_train(job: Job) -> None:
 def measure_drift(job: Job) -> Labels:
     """Label a quarter as many fresh paths after training: does the filter still rank them?"""
     return label_paths(
-        job.load_net("train"), job.data.label, per_bin=max(1, job.config.labels_per_bin // 4), num_bins=job.config.num_bins,
-        calib=job.data.calib, run=job.run, stage="relabels", progress=job.progress,
-    )  # fmt: skip
+        job.load_net("train"),
+        job.data.label,
+        per_bin=max(1, job.config.labels_per_bin // 4),
+        num_bins=job.config.num_bins,
+        calib=job.data.calib,
+        run=job.run,
+        stage="relabels",
+        progress=job.progress,
+    )
 
 
 def train_sampler(job: Job) -> Sampler:
@@ -227,25 +291,44 @@ def train_sampler(job: Job) -> Sampler:
     if config.sampler == "random_prune":
         return RandomPrune(space, keep=config.keep, seed=config.seed)
     if not job.run.read_json("filter/report.json")["filter_used"]:
-        job.run.log("note", text="the filter does not rank better than MACs alone: training goes on with `balanced`")
+        job.run.log(
+            "note", text="the filter does not rank better than MACs alone: training goes on with `balanced`"
+        )
         return Balanced(space)
     if config.sampler == "bestup":
         return BestUp(space, job.load_filter(), num_candidates=max(2, round(1 / config.keep)))
-    return Filtered(space, job.load_filter(), keep=config.keep, epsilon=config.epsilon, decay_steps=config.train_steps)
+    return Filtered(
+        space, job.load_filter(), keep=config.keep, epsilon=config.epsilon, decay_steps=config.train_steps
+    )
 
 
-def _train(job: Job, net: DetectionSupernet, sampler: Sampler, stage: str, schedule: str, sandwich_steps: int) -> None:
+def _train(
+    job: Job, net: DetectionSupernet, sampler: Sampler, stage: str, schedule: str, sandwich_steps: int
+) -> None:
     config = job.config
     steps = sandwich_steps
     if schedule != "sandwich" or not isinstance(sampler, Balanced):
         bound, balanced = sampler.bind(job.cost), Balanced(job.space).bind(job.cost)
         steps = equal_compute_steps(schedule, job.cost, bound, balanced, sandwich_steps)
     train(
-        net, job.data.fit, sampler=sampler, schedule=schedule, steps=steps, batch_size=config.batch_size,
-        learning_rate=config.learning_rate, weight_decay=config.weight_decay, distill_after=config.distill_after,
-        distill_weight=config.distill_weight, ema_decay=config.ema_decay, augmentation=job.augmentation(),
-        num_workers=config.num_workers, checkpoint_every=config.checkpoint_every, run=job.run, stage=stage, progress=job.progress,
-    )  # fmt: skip
+        net,
+        job.data.fit,
+        sampler=sampler,
+        schedule=schedule,
+        steps=steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        distill_after=config.distill_after,
+        distill_weight=config.distill_weight,
+        ema_decay=config.ema_decay,
+        augmentation=job.augmentation(),
+        num_workers=config.num_workers,
+        checkpoint_every=config.checkpoint_every,
+        run=job.run,
+        stage=stage,
+        progress=job.progress,
+    )
 
 
 def is_done(job: Job, stage: str) -> bool:
@@ -259,16 +342,30 @@ def is_done(job: Job, stage: str) -> bool:
         return stage != "train" or not job.config.uses_filter or run.has("filter/drift.json")
     if stage == "label":
         return run.has("labels.json")
-    return run.has({"filter": "filter/report.json", "prune": "filter/thresholds.json", "search": "pareto.json", "report": "report.json"}[stage])
+    return run.has(
+        {
+            "filter": "filter/report.json",
+            "prune": "filter/thresholds.json",
+            "search": "pareto.json",
+            "report": "report.json",
+        }[stage]
+    )
 
 
 def _stage_function(name: str) -> Callable[[Job], Any]:
     from pfnas_fast.run.finish import run_report, run_search
 
     return {
-        "pretrain": run_pretrain, "transfer": run_transfer, "warmup": run_warmup, "label": run_label, "filter": run_filter,
-        "prune": run_prune, "train": run_train, "search": run_search, "report": run_report,
-    }[name]  # fmt: skip
+        "pretrain": run_pretrain,
+        "transfer": run_transfer,
+        "warmup": run_warmup,
+        "label": run_label,
+        "filter": run_filter,
+        "prune": run_prune,
+        "train": run_train,
+        "search": run_search,
+        "report": run_report,
+    }[name]
 
 
 def run_stage(job: Job, name: str) -> bool:
@@ -287,7 +384,9 @@ def run_all(job: Job, *, on_stage: Callable[[str, bool], None] | None = None) ->
             on_stage(name, ran)
 
 
-def open_job(folder: str | FilePath, config: RunConfig | None = None, progress: Progress | None = None) -> Job:
+def open_job(
+    folder: str | FilePath, config: RunConfig | None = None, progress: Progress | None = None
+) -> Job:
     """Open or start the run in `folder`."""
     run = Run(folder, config=config) if config is not None else Run.open(folder)
     assert run.config is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run is going to do, from its settings alone: nothing is loaded, and what is impossible is refused."""
+"""What a run is going to do, from its settings alone; what is impossible is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def plan_text(config: RunConfig) -> str:
     """
     space = load_space(config.space)
     if config.max_macs_m is not None:
-        # One class makes the cheapest head: what is refused here is impossible for any data, which need not be read.
+        # One class makes the cheapest head: what is refused here is impossible for any data, which need not
+        # be read.
         CostModel(space, num_classes=1).check_budget_m(config.max_macs_m, argument="max_macs_m")
     num_classes = load_detection(config.data, seed=config.seed).num_classes
     cost = CostModel(space, num_classes=num_classes)
@@ -30,10 +31,11 @@ def plan_text(config: RunConfig) -> str:
         cost.check_budget_m(config.max_macs_m, argument="max_macs_m")
     saved_mb = float(cost.saved_bytes([space.max_path()])[0]) * config.batch_size / 1e6
     lines = [
-        f"data {config.data} ({num_classes} classes), space {space.name}: 10^{math.log10(space.num_paths):.1f} paths, "
+        f"data {config.data} ({num_classes} classes), "
+        f"space {space.name}: 10^{math.log10(space.num_paths):.1f} paths, "
         f"detectors of {low:.1f} to {high:.1f} M MACs at {', '.join(map(str, space.resolutions))} px",
         f"schedule {config.schedule}, sampler {config.sampler}, backend {config.backend}, seed {config.seed}",
-        f"activations kept for backward by the largest path at batch size {config.batch_size}: about {saved_mb:.0f} MB",
+        f"activations kept for backward by the largest path, {config.batch_size} images: {saved_mb:.0f} MB",
         "stages:",
     ]
     details = _stage_details(config, cost)
@@ -50,7 +52,8 @@ def _stage_details(config: RunConfig, cost: CostModel) -> dict[str, str]:
         own = equal_compute_steps(config.schedule, cost, sampler, balanced, steps)
     extra = 0 if config.uses_filter else max(1, config.labels_per_bin // 4)
     return {
-        "pretrain": f"{config.pretrain_steps} steps of {config.pretrain_batch_size} images of {config.pretrain_data}",
+        "pretrain": f"{config.pretrain_steps} steps of {config.pretrain_batch_size} images "
+        f"of {config.pretrain_data}",
         "warmup": f"{config.warmup_steps} sandwich steps of {config.batch_size} images",
         "label": f"{config.labels_per_bin + extra} paths in each of {config.num_bins} budget bins",
         "prune": f"keep {100 * config.keep:.0f} % of the paths at every budget",

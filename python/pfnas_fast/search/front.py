@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pfnas_fast.data import DetectionDataset
-from pfnas_fast.detection import Detector, DetectionSupernet
+from pfnas_fast.detection import DetectionSupernet, Detector
 from pfnas_fast.errors import InputError
 from pfnas_fast.filter import BudgetThresholds, PathFilter
 from pfnas_fast.run.folder import Run
@@ -78,7 +78,9 @@ class Front:
         """
         affordable = [member for member in self.members if member.macs_m <= macs_m]
         if not affordable:
-            raise InputError(f"Front.at: expected at least {self.members[0].macs_m:.4g} for macs_m, got {macs_m!r}")
+            raise InputError(
+                f"Front.at: expected at least {self.members[0].macs_m:.4g} for macs_m, got {macs_m!r}"
+            )
         return affordable[-1]
 
 
@@ -122,7 +124,8 @@ def search(
         InputError: a budget outside the space (names the feasible range).
 
     Source:
-        Evolution as in Once-for-All, arXiv:1908.09791, sec. 3.4; the budget-conditioned score after DetOFA, arXiv:2303.13121.
+        Evolution as in Once-for-All, arXiv:1908.09791, sec. 3.4; the budget-conditioned score after DetOFA,
+        arXiv:2303.13121.
 
     Example:
         >>> import pfnas_fast as pf
@@ -139,10 +142,21 @@ def search(
     seed = run.seed if run is not None else seed
     rng = np.random.default_rng([seed, stream_id("search")])
     found = search_candidates(
-        flt, net.cost, budgets_macs_m, rng=rng, top_k=candidates_per_budget, pruned=pruned, resolution=resolution, config=config
+        flt,
+        net.cost,
+        budgets_macs_m,
+        rng=rng,
+        top_k=candidates_per_budget,
+        pruned=pruned,
+        resolution=resolution,
+        config=config,
     )
-    paths = list(dict.fromkeys(path for population in found.values() for path in net.space.decode(population)))
-    measured = label_paths(net, select, paths=paths, calib=calib, run=run, seed=seed, stage="candidates", progress=progress)
+    paths = list(
+        dict.fromkeys(path for population in found.values() for path in net.space.decode(population))
+    )
+    measured = label_paths(
+        net, select, paths=paths, calib=calib, run=run, seed=seed, stage="candidates", progress=progress
+    )
     evaluator = PathEvaluator(net, select, calib=calib)
     names = list(class_names if class_names is not None else select.class_names)
     params_m = net.cost.params_m(paths)
@@ -152,9 +166,13 @@ def search(
 
     members = [
         FrontMember(
-            paths[i], float(measured.macs_m[i]), float(params_m[i]), float(measured.ap[i]), float(measured.values["ap50"][i]),
+            paths[i],
+            float(measured.macs_m[i]),
+            float(params_m[i]),
+            float(measured.ap[i]),
+            float(measured.values["ap50"][i]),
             exporter(paths[i]),
         )
         for i in pareto_front(measured.macs_m, measured.ap).tolist()
-    ]  # fmt: skip
+    ]
     return Front(tuple(members), len(paths), measured.macs_t)

@@ -10,7 +10,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pfnas_fast.data import ClassificationAugmentation, ClassificationData, ClassificationDataset, EvalImages, classification_batches, normalize
+from pfnas_fast.data import (
+    ClassificationAugmentation,
+    ClassificationData,
+    ClassificationDataset,
+    EvalImages,
+    classification_batches,
+    normalize,
+)
 from pfnas_fast.data.images import resize
 from pfnas_fast.errors import InputError
 from pfnas_fast.filter.samplers import Uniform
@@ -41,7 +48,8 @@ def pretrain(
     stage: str = "pretrain",
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Train a classification supernet in place; paths are drawn uniformly over genes, the largest teaches softly.
+    """Train a classification supernet in place; paths are drawn uniformly over genes, the largest teaches
+    softly.
 
     Args:
         net: Its space must be a classification space (`Space.for_classification`).
@@ -56,7 +64,8 @@ def pretrain(
         `{"steps", "macs_t", "seconds"}` as `train`.
 
     Raises:
-        InputError: classes that differ from the net's, an impossible setting, or a loss that is no longer finite.
+        InputError: classes that differ from the net's, an impossible setting, or a loss that is no longer
+            finite.
 
     Source:
         DetOFA, arXiv:2303.13121: a supernet for detection starts from one trained on classification.
@@ -70,18 +79,40 @@ def pretrain(
         2
     """
     if len(data.class_names) != net.num_classes:
-        raise InputError(f"pretrain: expected {net.num_classes} classes (the net's) in data, got {len(data.class_names)}")
+        raise InputError(
+            f"pretrain: expected {net.num_classes} classes (the net's) in data, got {len(data.class_names)}"
+        )
     seed = run.seed if run is not None else seed
     options = TrainOptions(
-        schedule, steps, batch_size, learning_rate, weight_decay, 0.2, 1.0, ema_decay, checkpoint_every, seed, stage
+        schedule,
+        steps,
+        batch_size,
+        learning_rate,
+        weight_decay,
+        0.2,
+        1.0,
+        ema_decay,
+        checkpoint_every,
+        seed,
+        stage,
     )
     cost = CostModel(net.space, num_classes=net.num_classes, task="classification")
     task = _ClassificationTask(net, data.train, options, hflip)
-    return fit(net, task, cost=cost, sampler=Uniform(net.space).bind(cost), options=options, run=run, progress=progress)
+    return fit(
+        net,
+        task,
+        cost=cost,
+        sampler=Uniform(net.space).bind(cost),
+        options=options,
+        run=run,
+        progress=progress,
+    )
 
 
 @torch.no_grad()
-def classification_accuracy(net: ClassificationSupernet, data: ClassificationData, path: Path, *, num_calib: int = 256) -> float:
+def classification_accuracy(
+    net: ClassificationSupernet, data: ClassificationData, path: Path, *, num_calib: int = 256
+) -> float:
     """Top-1 accuracy of one path on the validation images, BN recalibrated on training images first."""
     canvas = net.space.canvas(path.resolution)
     device = next(net.parameters()).device

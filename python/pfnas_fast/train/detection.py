@@ -57,25 +57,29 @@ def train(
         augmentation: Default: `Augmentation()`.
         num_workers: Processes that prepare images; the result does not depend on it.
         checkpoint_every: Steps between checkpoints, where `run` is given.
-        run: Folder for checkpoints and log; an interrupted call with the same arguments goes on where it stopped.
+        run: Folder for checkpoints and log; an interrupted call with the same arguments goes on where it
+            stopped.
         seed: Start of all random streams, where no `run` gives one.
         stage: Name of the checkpoint and of the random streams.
         progress: Called as `progress(stage, step, steps, {"loss": ...})` after each step.
 
     Returns:
-        `{"steps", "macs_t", "seconds"}`: steps made, MACs executed in 10^12 (forward + backward = 3 forward passes), time.
+        `{"steps", "macs_t", "seconds"}`: steps made, MACs executed in 10^12 (forward + backward = 3 forward
+        passes), time.
 
     Raises:
-        InputError: an impossible setting, an unreadable image, classes that differ from the net's, or a loss that
-            is no longer finite.
+        InputError: an impossible setting, an unreadable image, classes that differ from the net's, or a loss
+            that is no longer finite.
 
     Source:
-        DetOFA, arXiv:2303.13121 (training concentrates on paths that a filter accepts); BigNAS, arXiv:2003.11142.
+        DetOFA, arXiv:2303.13121 (training concentrates on paths that a filter accepts); BigNAS,
+        arXiv:2003.11142.
 
     Example:
         >>> import pfnas_fast as pf
         >>> data = pf.load_detection("digits")
-        >>> net = pf.DetectionSupernet(pf.load_space("tiny"), num_classes=data.num_classes, backend="reference")
+        >>> net = pf.DetectionSupernet(pf.load_space("tiny"), num_classes=data.num_classes,
+        backend="reference")
         >>> result = pf.train(net, data.fit, steps=2, batch_size=2)
         >>> result["steps"]
         2
@@ -83,7 +87,17 @@ def train(
     _check(net, dataset, steps, batch_size)
     seed = run.seed if run is not None else seed
     options = TrainOptions(
-        schedule, steps, batch_size, learning_rate, weight_decay, distill_after, distill_weight, ema_decay, checkpoint_every, seed, stage
+        schedule,
+        steps,
+        batch_size,
+        learning_rate,
+        weight_decay,
+        distill_after,
+        distill_weight,
+        ema_decay,
+        checkpoint_every,
+        seed,
+        stage,
     )
     bound = (sampler or Balanced(net.space)).bind(net.cost)
     task = _DetectionTask(net, dataset, options, augmentation or Augmentation(), num_workers)
@@ -139,7 +153,7 @@ class _DetectionTask:
 
 
 @torch.no_grad()
-def _teach(net: nn.Module, images: torch.Tensor, path: Path):  # noqa: ANN202 - DetectorOutput of the frozen net
+def _teach(net: nn.Module, images: torch.Tensor, path: Path):
     """The frozen teacher runs on the statistics of this batch, as its students do."""
     net.train()
     return net(images, path)
@@ -149,8 +163,13 @@ def _check(net: DetectionSupernet, dataset: DetectionDataset, steps: int, batch_
     if steps < 1:
         raise InputError(f"train: expected at least 1 for steps, got {steps!r}")
     if batch_size < 2:
-        raise InputError(f"train: expected at least 2 for batch_size (BatchNorm needs a batch), got {batch_size!r}")
+        raise InputError(
+            f"train: expected at least 2 for batch_size (BatchNorm needs a batch), got {batch_size!r}"
+        )
     if len(dataset) == 0:
         raise InputError("train: expected at least one image in dataset, got 0")
     if len(dataset.class_names) != net.num_classes:
-        raise InputError(f"train: expected {net.num_classes} classes (the net's) in dataset, got {len(dataset.class_names)}")
+        raise InputError(
+            f"train: expected {net.num_classes} classes (the net's) in dataset, "
+            f"got {len(dataset.class_names)}"
+        )

@@ -2,7 +2,8 @@
 """Data parallel training under `torchrun`, without wrapping the supernet.
 
 All ranks draw the same paths (same seed), different images, and average gradients after the backward pass. A
-parameter that no path of the step used has no gradient on any rank, so it takes no part and keeps `grad` None.
+parameter that no path of the step used has no gradient on any rank, so it takes no part and keeps `grad`
+None.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop that classification and detection share: phases, checkpoints, exact resume.
 
-Everything random in a step comes from (seed, stage, step), so a run that was killed goes on from its last checkpoint
-to the very numbers of an uninterrupted run.
+Everything random in a step comes from (seed, stage, step), so a run that was killed goes on from its last
+checkpoint to the very numbers of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Task(Protocol):
         ...
 
     def backward(self, net: nn.Module, batch: Any, paths: list[Path], teacher: Teacher) -> dict[str, float]:
-        """Run every path forward and backward, each with weight 1 / len(paths); return mean losses for the log."""
+        """Run every path forward and backward, each with weight 1 / len(paths); return mean losses for the
+        log."""
         ...
 
 
@@ -84,7 +85,14 @@ class _LoopState:
 
 
 def fit(
-    net: nn.Module, task: Task, *, cost: CostModel, sampler: PathSource, options: TrainOptions, run: Run | None, progress: Progress | None
+    net: nn.Module,
+    task: Task,
+    *,
+    cost: CostModel,
+    sampler: PathSource,
+    options: TrainOptions,
+    run: Run | None,
+    progress: Progress | None,
 ) -> dict[str, float]:
     """Train `net` in place; on return it holds the averaged weights and is in eval mode.
 
@@ -114,7 +122,13 @@ def fit(
     net.eval()
     _save(net, state, options, run, finished=True)
     if run is not None:
-        run.log("stage", stage=options.stage, macs_t=state.macs_t, seconds=round(state.seconds, 2), steps=state.step)
+        run.log(
+            "stage",
+            stage=options.stage,
+            macs_t=state.macs_t,
+            seconds=round(state.seconds, 2),
+            steps=state.step,
+        )
     return {"steps": state.step, "macs_t": state.macs_t, "seconds": state.seconds}
 
 
@@ -139,22 +153,34 @@ def _start(net: nn.Module, saved: dict[str, Any] | None, options: TrainOptions) 
     return _LoopState(saved["step"], optimizer, average, teacher_net, saved["macs_t"], saved["seconds"])
 
 
-def _enter_phase(net: nn.Module, phase: Phase, state: _LoopState, options: TrainOptions, *, is_first: bool) -> None:
-    """A phase starts from the averaged weights of the one before, with a fresh optimizer, as OFA's phases do."""
+def _enter_phase(
+    net: nn.Module, phase: Phase, state: _LoopState, options: TrainOptions, *, is_first: bool
+) -> None:
+    """A phase starts from the averaged weights of the one before, with a fresh optimizer (as in OFA)."""
     if is_first:
         return
     if phase.teacher == "frozen" and state.teacher_net is None:
         state.teacher_net = copy.deepcopy(net)
     if phase.sort_channels is not None:
         net.re_organize_middle_weights(expand_ratio_stage=phase.sort_channels)  # type: ignore[operator]
-    state.optimizer = make_optimizer(net, learning_rate=options.learning_rate, weight_decay=options.weight_decay)
+    state.optimizer = make_optimizer(
+        net, learning_rate=options.learning_rate, weight_decay=options.weight_decay
+    )
     state.average = WeightAverage(net, decay=options.ema_decay)
 
 
 def _train_phase(
-    net: nn.Module, task: Task, phase: Phase, begin: int, state: _LoopState, cost: CostModel, sampler: PathSource,
-    options: TrainOptions, run: Run | None, progress: Progress | None,
-) -> None:  # fmt: skip
+    net: nn.Module,
+    task: Task,
+    phase: Phase,
+    begin: int,
+    state: _LoopState,
+    cost: CostModel,
+    sampler: PathSource,
+    options: TrainOptions,
+    run: Run | None,
+    progress: Progress | None,
+) -> None:
     end = begin + phase.num_steps
     rank, size = rank_and_size()
     clock = time.perf_counter()
@@ -195,16 +221,32 @@ def _teacher_at(step: int, phase: Phase, state: _LoopState, options: TrainOption
 
 
 def _report_step(
-    state: _LoopState, phase: Phase, losses: dict[str, float], rate: float, options: TrainOptions, run: Run | None, progress: Progress | None
+    state: _LoopState,
+    phase: Phase,
+    losses: dict[str, float],
+    rate: float,
+    options: TrainOptions,
+    run: Run | None,
+    progress: Progress | None,
 ) -> None:
     if progress is not None:
         progress(options.stage, state.step, options.num_steps, {"loss": losses["total"]})
     if run is not None and (state.step % _LOG_EVERY_STEPS == 0 or state.step == options.num_steps):
         rounded = {key: round(value, 5) for key, value in losses.items()}
-        run.log("step", stage=options.stage, phase=phase.name, step=state.step, learning_rate=rate, macs_t=state.macs_t, **rounded)
+        run.log(
+            "step",
+            stage=options.stage,
+            phase=phase.name,
+            step=state.step,
+            learning_rate=rate,
+            macs_t=state.macs_t,
+            **rounded,
+        )
 
 
-def _save(net: nn.Module, state: _LoopState, options: TrainOptions, run: Run | None, *, finished: bool) -> None:
+def _save(
+    net: nn.Module, state: _LoopState, options: TrainOptions, run: Run | None, *, finished: bool
+) -> None:
     rank, _ = rank_and_size()
     if run is None or rank != 0:
         return

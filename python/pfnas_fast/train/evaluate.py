@@ -15,7 +15,8 @@ from pfnas_fast.supernet import BNStatistics, recalibrate, use_statistics
 class PathEvaluator:
     """Measures paths on one set of images, for one version of the weights: make a new one after training.
 
-    Images are decoded once per resolution. BatchNorm statistics are measured once per path and never left in the net.
+    Images are decoded once per resolution. BatchNorm statistics are measured once per path and never left in
+    the net.
 
     Args:
         net: The supernet; its weights must not change while this object is in use.
@@ -28,17 +29,25 @@ class PathEvaluator:
     """
 
     def __init__(
-        self, net: DetectionSupernet, dataset: DetectionDataset, *, calib: DetectionDataset | None = None, batch_size: int = 32
+        self,
+        net: DetectionSupernet,
+        dataset: DetectionDataset,
+        *,
+        calib: DetectionDataset | None = None,
+        batch_size: int = 32,
     ) -> None:
         calib = calib if calib is not None else dataset.calib
         if calib is None:
             raise InputError("PathEvaluator: expected calibration images for calib, got None")
         if len(dataset.class_names) != net.num_classes:
             raise InputError(
-                f"PathEvaluator: expected {net.num_classes} classes (the net's) in dataset, got {len(dataset.class_names)}"
+                f"PathEvaluator: expected {net.num_classes} classes (the net's) in dataset, "
+                f"got {len(dataset.class_names)}"
             )
         if batch_size < 2 or batch_size % 2:
-            raise InputError(f"PathEvaluator: expected an even number >= 2 for batch_size, got {batch_size!r}")
+            raise InputError(
+                f"PathEvaluator: expected an even number >= 2 for batch_size, got {batch_size!r}"
+            )
         self.net, self.dataset, self.calib, self.batch_size = net, dataset, calib, batch_size
         self._judge = Evaluator(dataset)
         self.macs_t = 0.0
@@ -59,8 +68,8 @@ class PathEvaluator:
         """Run `path` over the images.
 
         Returns:
-            One `Detection` per image, boxes in px of the original image; and the mean detection loss of the images at
-            even and at odd places (NaN unless `with_loss`).
+            One `Detection` per image, boxes in px of the original image; and the mean detection loss of the
+            images at even and at odd places (NaN unless `with_loss`).
         """
         images = self._cached("eval", self.dataset, path.resolution)
         detections: list[Detection] = []
@@ -71,7 +80,8 @@ class PathEvaluator:
                 start = len(detections)
                 found = postprocess(output)
                 detections += [
-                    Detection(images.to_original(start + i, item.boxes), item.scores, item.labels) for i, item in enumerate(found)
+                    Detection(images.to_original(start + i, item.boxes), item.scores, item.labels)
+                    for i, item in enumerate(found)
                 ]
                 if with_loss:
                     self._add_losses(output, start, images, losses)
@@ -83,13 +93,20 @@ class PathEvaluator:
         return self.matches(self.detect(path)[0]).metrics()
 
     def matches(self, detections: list[Detection]) -> Matches:
-        """Detections of all images matched with the ground truth; numbers for any subset of the images follow from it."""
+        """Detections of all images matched with the ground truth; numbers for any subset of the images follow
+        from it."""
         return self._judge.match(detections)
 
-    def _add_losses(self, output: DetectorOutput, start: int, images: EvalImages, losses: tuple[list[float], list[float]]) -> None:
+    def _add_losses(
+        self, output: DetectorOutput, start: int, images: EvalImages, losses: tuple[list[float], list[float]]
+    ) -> None:
         for parity, values in enumerate(losses):
-            rows = slice(parity, None, 2)  # batches have an even size, so places in the batch have the parity of the image
-            part = DetectorOutput(output.logits[rows], output.ltrb[rows], output.centerness[rows], output.grid)
+            rows = slice(
+                parity, None, 2
+            )  # batches have an even size, so places in the batch have the parity of the image
+            part = DetectorOutput(
+                output.logits[rows], output.ltrb[rows], output.centerness[rows], output.grid
+            )
             targets = [self._target(start + i, images) for i in range(parity, len(output.logits), 2)]
             if targets:
                 values.append(float(detection_loss(part, targets)["total"]))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Label paths with their quality, per budget bin (stage S3 of docs/method.md), and judge how noisy the labels are."""
+"""Label paths with their quality, per budget bin (stage S3 of docs/method.md), and judge how noisy the labels
+are."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Labels:
         label_name: The metric that serves as the label: the one with the best split-half reliability.
         label: float64 [n].
         label_sd: Standard deviation of the label's noise (paired over paths, since all see the same images).
-        reliability: Metric -> what `pfnas_fast.filter.label_reliability` says of its halves within budget bins.
+        reliability: Metric -> what `pfnas_fast.filter.label_reliability` says of its halves within budget
+            bins.
         macs_t: MACs executed for labelling, 10^12.
     """
 
@@ -84,7 +86,8 @@ def label_paths(
         num_bins: Bins over the whole range of the space.
         calib: Images for BatchNorm; default: those that came with `dataset`.
         paths: Measure these paths instead of drawing any.
-        run: Rows are appended to `<stage>.csv` as they are measured, and an interrupted call goes on after the last.
+        run: Rows are appended to `<stage>.csv` as they are measured, and an interrupted call goes on after
+            the last.
         seed: Start of the random stream, where no `run` gives one.
         stage: Name of the file and of the random stream.
         progress: Called as `progress(stage, done, total, {"ap": ...})`.
@@ -96,13 +99,15 @@ def label_paths(
         InputError: fewer than 2 images, per_bin or num_bins below 1, or a file of other paths.
 
     Source:
-        DetOFA, arXiv:2303.13121 (relative performance under similar constraints); bins and noise treatment are ours.
+        DetOFA, arXiv:2303.13121 (relative performance under similar constraints); bins and noise treatment
+        are ours.
 
     Example:
         >>> import pfnas_fast as pf
         >>> data = pf.load_detection("digits")
         >>> net = pf.DetectionSupernet(pf.load_space("tiny"), num_classes=10, backend="reference")
-        >>> labels = pf.label_paths(net, data.label.subset(range(8)), per_bin=1, num_bins=2, calib=data.calib.subset(range(8)))
+        >>> labels = pf.label_paths(net, data.label.subset(range(8)), per_bin=1, num_bins=2,
+        calib=data.calib.subset(range(8)))
         >>> labels.ap.shape
         (2,)
     """
@@ -110,7 +115,9 @@ def label_paths(
         raise InputError(f"label_paths: expected at least 2 images in dataset, got {len(dataset)}")
     seed = run.seed if run is not None else seed
     if paths is None:
-        drawn, bins = draw_labelled_paths(net.cost, per_bin=per_bin, num_bins=num_bins, seed=seed, stage=stage)
+        drawn, bins = draw_labelled_paths(
+            net.cost, per_bin=per_bin, num_bins=num_bins, seed=seed, stage=stage
+        )
     else:
         drawn, bins = list(paths), budget_bins(net.cost, net.cost.macs_m(list(paths)), num_bins)
     rows = _read_rows(run, stage, drawn)
@@ -133,7 +140,8 @@ def label_paths(
 def draw_labelled_paths(
     cost: CostModel, *, per_bin: int, num_bins: int, seed: int, stage: str
 ) -> tuple[list[Path], np.ndarray]:
-    """Draw distinct paths for each bin (fewer where a bin has fewer); returns them with their bins, int64 [n]."""
+    """Draw distinct paths for each bin (fewer where a bin has fewer); returns them with their bins, int64
+    [n]."""
     for name, value in (("per_bin", per_bin), ("num_bins", num_bins)):
         if value < 1:
             raise InputError(f"label_paths: expected at least 1 for {name}, got {value!r}")
@@ -158,9 +166,13 @@ def draw_labelled_paths(
 
 
 def bin_edges_m(cost: CostModel, num_bins: int) -> np.ndarray:
-    """Edges of bins of equal width in log MACs over the whole range of the space, float64 [num_bins + 1], millions."""
+    """Edges of bins of equal width in log MACs over the whole range of the space, float64 [num_bins + 1],
+    millions."""
     low, high = cost.range_m()
-    return np.exp(np.linspace(np.log(low), np.log(high), num_bins + 1)) * np.r_[1 - 1e-9, np.ones(num_bins - 1), 1 + 1e-9]
+    return (
+        np.exp(np.linspace(np.log(low), np.log(high), num_bins + 1))
+        * np.r_[1 - 1e-9, np.ones(num_bins - 1), 1 + 1e-9]
+    )
 
 
 def budget_bins(cost: CostModel, macs_m: np.ndarray, num_bins: int) -> np.ndarray:
@@ -171,7 +183,11 @@ def budget_bins(cost: CostModel, macs_m: np.ndarray, num_bins: int) -> np.ndarra
 def _measure(evaluator: PathEvaluator, path: Path, index: int, bin_index: int) -> dict[str, str]:
     detections, losses = evaluator.detect(path, with_loss=True)
     matches = evaluator.matches(detections)
-    halves = {"": range(len(detections)), "_a": range(0, len(detections), 2), "_b": range(1, len(detections), 2)}
+    halves = {
+        "": range(len(detections)),
+        "_a": range(0, len(detections), 2),
+        "_b": range(1, len(detections), 2),
+    }
     neg_loss = {"": -sum(losses) / 2, "_a": -losses[0], "_b": -losses[1]}
     row = {
         "index": str(index),
@@ -199,7 +215,10 @@ def _read_rows(run: Run | None, stage: str, paths: list[Path]) -> list[dict[str,
     rows = list(csv.DictReader(whole.splitlines()))
     for row, path in zip(rows, paths, strict=False):
         if json.loads(row["path"]) != path.to_json():
-            raise InputError(f"label_paths: expected path {path.to_json()} in row {row['index']} of {file}, got {row['path']}")
+            raise InputError(
+                f"label_paths: expected path {path.to_json()} in row {row['index']} of {file}, "
+                f"got {row['path']}"
+            )
     return rows[: len(paths)]
 
 
@@ -213,10 +232,14 @@ def _append_row(run: Run, stage: str, row: dict[str, str]) -> None:
         writer.writerow(row)
 
 
-def _judge(paths: list[Path], bins: np.ndarray, macs_m: np.ndarray, values: dict[str, np.ndarray], macs_t: float) -> Labels:
+def _judge(
+    paths: list[Path], bins: np.ndarray, macs_m: np.ndarray, values: dict[str, np.ndarray], macs_t: float
+) -> Labels:
     for suffix in ("", "_a", "_b"):
         ranks = [np.argsort(np.argsort(values[f"{metric}{suffix}"], kind="stable")) for metric in METRICS]
         values[f"rank_mean{suffix}"] = np.mean(ranks, axis=0) / max(1, len(paths) - 1)
     halves = {name: np.stack([values[f"{name}_a"], values[f"{name}_b"]], axis=1) for name in CANDIDATE_LABELS}
     best, reliability = choose_label(halves, bins)
-    return Labels(paths, bins, macs_m, values, best, values[best], reliability[best]["noise_sd"], reliability, macs_t)
+    return Labels(
+        paths, bins, macs_m, values, best, values[best], reliability[best]["noise_sd"], reliability, macs_t
+    )

@@ -13,7 +13,8 @@ _FINAL_RATE_FRACTION = 0.02
 
 
 def make_optimizer(net: nn.Module, *, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; only convolution and linear weights decay (not BN, biases, or the kernel matrices, whose rest is identity).
+    """AdamW; only convolution and linear weights decay (not BN, biases, or the kernel matrices, whose rest is
+    identity).
 
     A parameter whose `grad` is None is skipped, so a layer that no sampled path used does not move.
     """
@@ -31,7 +32,9 @@ def learning_rate_at(step: int, num_steps: int, peak: float) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, num_steps - warmup)
-    return peak * (_FINAL_RATE_FRACTION + (1 - _FINAL_RATE_FRACTION) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * (
+        _FINAL_RATE_FRACTION + (1 - _FINAL_RATE_FRACTION) * 0.5 * (1 + math.cos(math.pi * progress))
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

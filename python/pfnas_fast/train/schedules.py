@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which genes are open, how many paths a step trains, and where distillation comes from.
 
-- `sandwich` (BigNAS, arXiv:2003.11142): largest + smallest + two free paths a step; the largest teaches the others.
-- `progressive` (Once-for-All, arXiv:1908.09791, sec. 3.2): full net; elastic kernel; depth in two phases; width in two
-  phases, with channels sorted on entering a width phase; a frozen copy of the trained full net teaches.
+- `sandwich` (BigNAS, arXiv:2003.11142): largest + smallest + two free paths a step; the largest teaches the
+  others.
+- `progressive` (Once-for-All, arXiv:1908.09791, sec. 3.2): full net; elastic kernel; depth in two phases;
+  width in two phases, with channels sorted on entering a width phase; a frozen copy of the trained full net
+  teaches.
 - `single`: one free path a step (single-path one-shot, DetNAS, arXiv:1903.10979); no teacher.
 """
 
@@ -18,8 +20,8 @@ import numpy as np
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import CostModel, Path, Space, uniform_population
 
-# Shares of the steps and learning-rate factors of OFA's phases (180 / 120 / 25 / 120 / 25 / 120 epochs; sec. 4.1 and
-# the published training scripts), with one path a step in the first two phases, then 2, 2, 4, 4.
+# Shares of the steps and learning-rate factors of OFA's phases (180 / 120 / 25 / 120 / 25 / 120 epochs; sec.
+# 4.1 and the published training scripts), with one path a step in the first two phases, then 2, 2, 4, 4.
 _OFA_SHARES = (180, 120, 25, 120, 25, 120)
 _OFA_PATHS = (1, 1, 2, 2, 4, 4)
 _OFA_RATES = (1.0, 0.4, 0.1, 0.3, 0.1, 0.3)
@@ -70,19 +72,28 @@ def make_phases(schedule: str, space: Space, num_steps: int) -> list[Phase]:
     if schedule != "progressive":
         raise InputError(f"train: expected sandwich, progressive or single for schedule, got {schedule!r}")
     if num_steps < len(_OFA_SHARES):
-        raise InputError(f"train: expected at least {len(_OFA_SHARES)} steps for schedule 'progressive', got {num_steps}")
+        raise InputError(
+            f"train: expected at least {len(_OFA_SHARES)} steps for schedule 'progressive', got {num_steps}"
+        )
     bounds = np.round(np.cumsum((0, *_OFA_SHARES)) / sum(_OFA_SHARES) * num_steps).astype(int)
     lengths = np.maximum(np.diff(bounds), 1)
-    lengths[0] += num_steps - lengths.sum()
+    while lengths.sum() > num_steps:
+        lengths[lengths.argmax()] -= 1
     opened = [(1, 1, 1), (9, 1, 1), (9, 2, 1), (9, 9, 1), (9, 9, 2), (9, 9, 9)]
     names = ("full", "kernel", "depth-1", "depth-2", "width-1", "width-2")
     return [
         Phase(
-            name, int(lengths[i]), restrict_space(space, *opened[i]), _OFA_PATHS[i], _OFA_RATES[i],
-            teacher="frozen" if i else "none", sort_channels={4: 0, 5: 1}.get(i), restricted=i < len(names) - 1,
+            name,
+            int(lengths[i]),
+            restrict_space(space, *opened[i]),
+            _OFA_PATHS[i],
+            _OFA_RATES[i],
+            teacher="frozen" if i else "none",
+            sort_channels={4: 0, 5: 1}.get(i),
+            restricted=i < len(names) - 1,
         )
         for i, name in enumerate(names)
-    ]  # fmt: skip
+    ]
 
 
 def restrict_space(space: Space, num_kernel_sizes: int, num_depths: int, num_expand_ratios: int) -> Space:
@@ -102,9 +113,10 @@ def restrict_space(space: Space, num_kernel_sizes: int, num_depths: int, num_exp
 def plan_paths(phase: Phase, full_space: Space, sampler: PathSource, seed: int, step: int) -> list[Path]:
     """Draw the paths of one step, all of one resolution; with extremes, the largest comes first.
 
-    One resolution a step lets the largest path teach the others without a forward pass of its own: locations of
-    teacher and student coincide. The first free path fixes the resolution and the others are drawn from the sampler
-    conditional on it, so each free path alone follows the sampler's distribution.
+    One resolution a step lets the largest path teach the others without a forward pass of its own: locations
+        of
+    teacher and student coincide. The first free path fixes the resolution and the others are drawn from the
+    sampler conditional on it, so each free path alone follows the sampler's distribution.
     """
     paths: list[Path] = []
     resolution = None
@@ -128,7 +140,7 @@ def plan_paths(phase: Phase, full_space: Space, sampler: PathSource, seed: int, 
 
 
 def expected_step_macs_m(phase: Phase, cost: CostModel, sampler: PathSource) -> float:
-    """Multiply-accumulates one step executes per image, in millions: forward + backward = 3 forward passes."""
+    """MACs one step executes per image, in millions: forward + backward = 3 forward passes."""
     total = 0.0
     for step in range(_EXPECTATION_DRAWS):
         paths = plan_paths(phase, cost.space, sampler, 0, step)
@@ -137,16 +149,21 @@ def expected_step_macs_m(phase: Phase, cost: CostModel, sampler: PathSource) -> 
 
 
 def step_macs_m(phase: Phase, cost: CostModel, paths: list[Path]) -> float:
-    """Multiply-accumulates per image of a planned step, in millions; a frozen teacher adds one forward pass."""
+    """MACs per image of a planned step, in millions; a frozen teacher adds one forward pass."""
     macs_m = 3.0 * float(cost.macs_m(paths).sum())
     if phase.teacher == "frozen":
         macs_m += cost.path_macs_m(cost.space.max_path(paths[0].resolution))
     return macs_m
 
 
-def equal_compute_steps(schedule: str, cost: CostModel, sampler: PathSource, reference: PathSource, sandwich_steps: int) -> int:
-    """Steps of `schedule` that execute as many MACs as `sandwich_steps` sandwich steps with the sampler `reference`."""
-    budget_m = sandwich_steps * expected_step_macs_m(make_phases("sandwich", cost.space, 1)[0], cost, reference)
+def equal_compute_steps(
+    schedule: str, cost: CostModel, sampler: PathSource, reference: PathSource, sandwich_steps: int
+) -> int:
+    """Steps of `schedule` that execute as many MACs as `sandwich_steps` sandwich steps with the sampler
+    `reference`."""
+    budget_m = sandwich_steps * expected_step_macs_m(
+        make_phases("sandwich", cost.space, 1)[0], cost, reference
+    )
     probe = 1000
     phases = make_phases(schedule, cost.space, probe)
     mean_m = sum(phase.num_steps * expected_step_macs_m(phase, cost, sampler) for phase in phases) / probe

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+import itertools
+
+import pytest
+import torch
+from pfnas_fast.train.optimizer import WeightAverage, learning_rate_at, make_optimizer
+from torch import nn
+
+
+def test_learning_rate_rises_then_falls() -> None:
+    rates = [learning_rate_at(step, 100, 1.0) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert 0.02 <= rates[-1] < 0.03
+
+
+def test_a_parameter_without_gradient_does_not_move() -> None:
+    net = nn.ModuleList([nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)])
+    before = [p.clone() for p in net.parameters()]
+    optimizer = make_optimizer(net, learning_rate=0.1, weight_decay=0.5)
+    net[0](torch.ones(1, 2, 3, 3)).sum().backward()
+    optimizer.step()
+    moved = [not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True)]
+    assert moved == [True, True, False, False]
+
+
+def test_biases_norms_and_kernel_matrices_do_not_decay() -> None:
+    net = nn.Module()
+    net.register_parameter("weight", nn.Parameter(torch.ones(2, 2)))
+    net.register_parameter("5to3_matrix", nn.Parameter(torch.eye(9)))
+    net.register_parameter("bias", nn.Parameter(torch.ones(2)))
+    groups = make_optimizer(net, learning_rate=0.1, weight_decay=0.5).param_groups
+    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.5), (2, 0.0)]
+
+
+def test_weight_average() -> None:
+    net = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        net.weight.fill_(0.0)
+    average = WeightAverage(net, decay=0.5)
+    with torch.no_grad():
+        net.weight.fill_(1.0)
+    average.update(net, step=1000)
+    assert average.state_dict()["weight"].item() == pytest.approx(0.5)
+    copy = WeightAverage(net, decay=0.5)
+    copy.load_state_dict(average.state_dict())
+    copy.copy_to(net)
+    assert net.weight.item() == pytest.approx(0.5)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+from pfnas_fast.errors import InputError
+from pfnas_fast.filter import Balanced, Uniform
+from pfnas_fast.space import CostModel, load_space
+from pfnas_fast.train.schedules import (
+    equal_compute_steps,
+    expected_step_macs_m,
+    make_phases,
+    plan_paths,
+    restrict_space,
+    step_macs_m,
+)
+
+SPACE = load_space("tiny")
+COST = CostModel(SPACE, num_classes=3)
+BALANCED = Balanced(SPACE).bind(COST)
+
+
+@pytest.mark.parametrize("schedule", ["sandwich", "progressive", "single"])
+@pytest.mark.parametrize("num_steps", [6, 7, 100, 1001])
+def test_phases_cover_the_steps(schedule: str, num_steps: int) -> None:
+    phases = make_phases(schedule, SPACE, num_steps)
+    assert sum(phase.num_steps for phase in phases) == num_steps
+    assert min(phase.num_steps for phase in phases) >= 1
+
+
+def test_progressive_opens_one_gene_after_the_other() -> None:
+    phases = make_phases("progressive", SPACE, 600)
+    assert [phase.name for phase in phases] == ["full", "kernel", "depth-1", "depth-2", "width-1", "width-2"]
+    assert phases[0].space.num_paths == 1
+    assert phases[-1].space == SPACE
+    sizes = [phase.space.num_paths for phase in phases]
+    assert sizes == sorted(set(sizes))
+    assert [phase.sort_channels for phase in phases] == [None, None, None, None, 0, 1]
+
+
+def test_schedule_errors() -> None:
+    with pytest.raises(InputError, match="sandwich, progressive or single for schedule, got 'spiral'"):
+        make_phases("spiral", SPACE, 10)
+    with pytest.raises(InputError, match="at least 6 steps"):
+        make_phases("progressive", SPACE, 5)
+
+
+def test_sandwich_step_has_the_extremes_first_and_one_resolution() -> None:
+    phase = make_phases("sandwich", SPACE, 1)[0]
+    seen = set()
+    for step in range(40):
+        paths = plan_paths(phase, SPACE, BALANCED, 0, step)
+        resolution = paths[0].resolution
+        seen.add(resolution)
+        assert paths[:2] == [SPACE.max_path(resolution), SPACE.min_path(resolution)]
+        assert len(paths) == 4
+        assert {path.resolution for path in paths} == {resolution}
+    assert seen == set(SPACE.resolutions)
+
+
+def test_steps_are_a_function_of_seed_and_step() -> None:
+    phase = make_phases("sandwich", SPACE, 1)[0]
+    assert plan_paths(phase, SPACE, BALANCED, 3, 17) == plan_paths(phase, SPACE, BALANCED, 3, 17)
+    assert plan_paths(phase, SPACE, BALANCED, 3, 17) != plan_paths(phase, SPACE, BALANCED, 3, 18)
+
+
+def test_restricted_paths_are_paths_of_the_space() -> None:
+    restricted = restrict_space(SPACE, 1, 2, 1)
+    for phase in make_phases("progressive", SPACE, 12):
+        for path in plan_paths(phase, SPACE, Uniform(SPACE).bind(COST), 0, 5):
+            assert SPACE.path_from_json(path.to_json()) == path
+    assert all(len(stage.kernel_sizes) == 1 and len(stage.depths) == 2 for stage in restricted.stages)
+
+
+def test_step_macs_count_forward_backward_and_teacher() -> None:
+    sandwich, progressive = make_phases("sandwich", SPACE, 1)[0], make_phases("progressive", SPACE, 12)
+    paths = [SPACE.max_path(128), SPACE.min_path(128)]
+    both = sum(COST.path_macs_m(path) for path in paths)
+    assert step_macs_m(sandwich, COST, paths) == pytest.approx(3 * both)
+    assert step_macs_m(progressive[1], COST, paths) == pytest.approx(3 * both + COST.path_macs_m(paths[0]))
+
+
+@pytest.mark.parametrize("schedule", ["progressive", "single"])
+def test_equal_compute(schedule: str) -> None:
+    uniform = Uniform(SPACE).bind(COST)
+    steps = equal_compute_steps(schedule, COST, uniform, BALANCED, 200)
+    spent = sum(
+        p.num_steps * expected_step_macs_m(p, COST, uniform) for p in make_phases(schedule, SPACE, steps)
+    )
+    budget = 200 * expected_step_macs_m(make_phases("sandwich", SPACE, 1)[0], COST, BALANCED)
+    assert spent == pytest.approx(budget, rel=0.02)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+from pathlib import Path
+
+import pfnas_fast as pf
+import pytest
+import torch
+
+STEPS = 6
+
+
+def _net() -> pf.DetectionSupernet:
+    torch.manual_seed(0)
+    return pf.DetectionSupernet(pf.load_space("tiny"), num_classes=2, backend="reference")
+
+
+def _train(
+    net: pf.DetectionSupernet, data: pf.DetectionData, run: pf.Run | None, **options: object
+) -> dict[str, float]:
+    settings = {"steps": STEPS, "batch_size": 2, "checkpoint_every": 2, "learning_rate": 1e-3, **options}
+    return pf.train(net, data.fit, run=run, **settings)  # type: ignore[arg-type]
+
+
+class Stop(Exception):
+    pass
+
+
+def _stop_at(step: int):
+    def progress(stage: str, done: int, total: int, info: dict[str, float]) -> None:
+        if done == step:
+            raise Stop
+
+    return progress
+
+
+@pytest.mark.parametrize(("schedule", "stop"), [("sandwich", 5), ("progressive", 3), ("single", 2)])
+def test_resume_gives_the_weights_of_an_uninterrupted_run(
+    toy_detection: Path, tmp_path: Path, schedule: str, stop: int
+) -> None:
+    data = pf.load_detection(toy_detection)
+    whole = _net()
+    _train(whole, data, pf.Run(tmp_path / "whole"), schedule=schedule)
+    run = pf.Run(tmp_path / "cut")
+    with pytest.raises(Stop):
+        _train(_net(), data, run, schedule=schedule, progress=_stop_at(stop))
+    resumed = _net()
+    result = _train(resumed, data, run, schedule=schedule)
+    assert result["steps"] == STEPS
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_finished_stage_is_loaded_not_repeated(toy_detection: Path, tmp_path: Path) -> None:
+    data, run = pf.load_detection(toy_detection), pf.Run(tmp_path)
+    first = _net()
+    _train(first, data, run, steps=2)
+    again = _net()
+    result = _train(again, data, run, steps=2, progress=_stop_at(1))
+    assert result["steps"] == 2
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+
+
+def test_training_learns(toy_detection: Path) -> None:
+    data = pf.load_detection(toy_detection)
+    losses: list[float] = []
+    pf.train(
+        _net(),
+        data.fit,
+        steps=30,
+        batch_size=4,
+        schedule="single",
+        distill_weight=0.0,
+        progress=lambda stage, done, total, info: losses.append(info["loss"]),
+    )
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "at least 1 for steps, got 0"),
+        ({"batch_size": 1}, "at least 2 for batch_size"),
+        ({"schedule": "zigzag"}, "for schedule, got 'zigzag'"),
+        ({"learning_rate": 1e30, "steps": 6}, "expected a finite loss"),
+    ],
+)
+def test_mistakes_are_named(toy_detection: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(pf.InputError, match=message):
+        _train(_net(), pf.load_detection(toy_detection), None, **options)
+
+
+def test_class_mismatch(toy_detection: Path) -> None:
+    net = pf.DetectionSupernet(pf.load_space("tiny"), num_classes=5, backend="reference")
+    with pytest.raises(pf.InputError, match="expected 5 classes"):
+        _train(net, pf.load_detection(toy_detection), None)
+
+
+def test_pretrain_and_accuracy(toy_classification: Path) -> None:
+    from pfnas_fast.train import classification_accuracy
+
+    data = pf.load_classification(toy_classification)
+    space = pf.load_space("tiny").for_classification()
+    torch.manual_seed(0)
+    net = pf.ClassificationSupernet(space, num_classes=2, backend="reference")
+    pf.pretrain(net, data, steps=15, batch_size=8, learning_rate=3e-3)
+    assert classification_accuracy(net, data, space.max_path(), num_calib=16) > 0.9
