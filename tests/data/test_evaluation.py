@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import Found, nothing, perturbed
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pfnas_fast.data import (
     METRIC_NAMES,
     DetectionDataset,
@@ -84,22 +82,51 @@ def test_fast_evaluator_equals_pycocotools_on_real_truth(shared_data):
     assert np.mean(list(per_class.values())) == pytest.approx(matches.metrics()["ap"], abs=1e-12)
 
 
-# Corners on a coarse grid, so that equal IoUs, equal scores and thresholds hit exactly do occur.
-_box = st.tuples(*[st.integers(0, 5)] * 2, *[st.integers(1, 6)] * 2).map(
-    lambda b: (b[0] * 20.0, b[1] * 20.0, (b[0] + b[2]) * 20.0, (b[1] + b[3]) * 20.0)
-)
-_truth = st.lists(st.tuples(_box, st.integers(0, 1), st.booleans()), max_size=5)
-_found = st.lists(st.tuples(_box, st.sampled_from([0.1, 0.5, 0.9]), st.integers(0, 1)), max_size=6)
+@pytest.mark.parametrize("seed", range(60))
+def test_fast_evaluator_equals_pycocotools_on_crowded_scenes(seed):
+    """Corners on a coarse grid, few scores: equal IoUs, equal scores and thresholds hit exactly do occur."""
+    rng = np.random.default_rng(seed)
 
+    def box() -> tuple[float, ...]:
+        x, y = rng.integers(0, 3, 2) * 20.0
+        return x, y, x + 20.0 * rng.integers(1, 6), y + 20.0 * rng.integers(1, 6)
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(_truth, _found), min_size=1, max_size=4))
-def test_fast_evaluator_equals_pycocotools(images):
-    dataset = dataset_of([truth for truth, _ in images])
-    detections = [found(*items) for _, items in images]
+    def truth() -> tuple[tuple[float, ...], int, bool]:
+        return box(), int(rng.integers(2)), bool(rng.random() < 0.3)
+
+    def detection() -> tuple[tuple[float, ...], float, int]:
+        return box(), float(rng.integers(1, 4)) / 4, int(rng.integers(2))
+
+    dataset = dataset_of([[truth() for _ in range(rng.integers(0, 7))] for _ in range(3)])
+    detections = [found(*[detection() for _ in range(rng.integers(0, 12))]) for _ in range(3)]
     expected = evaluate(dataset, detections)
     actual = Evaluator(dataset).evaluate(detections)
     np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("truth", "detections", "ap50"),
+    [
+        # Equal IoU with both: the later one is taken, which leaves the second detection without a match.
+        (
+            [((0, 0, 100, 100), 0, False), ((40, 0, 140, 100), 0, False)],
+            [((20, 0, 120, 100), 0.9, 0), ((40, 0, 140, 100), 0.8, 0)],
+            51 / 101,
+        ),
+        # A proper box of smaller IoU comes before a crowd of larger.
+        ([((0, 0, 100, 100), 0, False), ((0, 0, 150, 150), 0, True)], [((0, 0, 100, 130), 0.9, 0)], 1.0),
+        # A crowd swallows any number of detections.
+        (
+            [((0, 0, 50, 50), 0, False), ((100, 100, 200, 200), 0, True)],
+            [((100, 100, 150, 150), 0.9, 0), ((120, 120, 150, 150), 0.8, 0), ((0, 0, 50, 50), 0.7, 0)],
+            1.0,
+        ),
+    ],
+)
+def test_the_rules_of_matching(truth, detections, ap50):
+    dataset = dataset_of([truth])
+    for judge in (evaluate, lambda d, f: Evaluator(d).evaluate(f)):
+        assert judge(dataset, [found(*detections)])["ap50"] == pytest.approx(ap50)
 
 
 def test_an_image_named_twice_counts_twice():
@@ -160,7 +187,7 @@ def test_bad_detections_are_refused(detections, message):
 
 
 def test_voc_ap_by_hand():
-    """Four objects; in order of score: right, wrong, right (recall 0.25, 0.25, 0.5; precision 1, 1/2, 2/3)."""
+    """Four objects: right, wrong, right: recall 0.25, 0.25, 0.5 with precision 1, 1/2, 2/3."""
     boxes = [
         (0.0, 0.0, 50.0, 50.0),
         (100.0, 0.0, 150.0, 50.0),
@@ -172,6 +199,15 @@ def test_voc_ap_by_hand():
     assert voc_ap50(dataset, detections, form="voc12") == pytest.approx(0.25 * 1 + 0.25 * 2 / 3)
     # recalls 0, .1, .2 have precision 1; .3, .4, .5 have 2/3; the other five none
     assert voc_ap50(dataset, detections, form="voc07") == pytest.approx((3 * 1 + 3 * 2 / 3) / 11)
+
+
+def test_voc_area_is_under_the_rising_envelope():
+    """Wrong, right, right of two objects: precision 1/2 at recall 1/2, but 2/3 further right counts there."""
+    boxes = [(0.0, 0.0, 50.0, 50.0), (100.0, 0.0, 150.0, 50.0)]
+    dataset = dataset_of([[(box, 0, False) for box in boxes]])
+    detections = [found(((200, 200, 250, 250), 0.9, 0), (boxes[0], 0.8, 0), (boxes[1], 0.7, 0))]
+    assert voc_ap50(dataset, detections, form="voc12") == pytest.approx(2 / 3)
+    assert voc_ap50(dataset, detections, form="voc07") == pytest.approx(2 / 3)
 
 
 def test_voc_ap_of_doubles_difficult_and_misses():

@@ -75,6 +75,11 @@ def test_seed_and_step_matter(digits):
     assert not torch.equal(first.images, other.images)
 
 
+def test_each_step_and_position_augments_anew(digits):
+    shown = torch.cat([b.images for b in batches(digits.subset([3]), num_steps=3)])
+    assert len({image.numpy().tobytes() for image in shown}) == 12
+
+
 def test_every_epoch_shows_every_image_once():
     steps = loader._Steps(lambda i, rng: (i,), 10, 4, 3, lambda made: [m[0] for m in made])
     order = [i for step in range(10) for i in steps[step]]

@@ -36,9 +36,14 @@ METRIC_NAMES = (
 class DetectionLike(Protocol):
     """Detections of an image: boxes [n, 4] xyxy px of the original, scores [n], labels [n]; any arrays."""
 
-    boxes: Any
-    scores: Any
-    labels: Any
+    @property
+    def boxes(self) -> Any: ...
+
+    @property
+    def scores(self) -> Any: ...
+
+    @property
+    def labels(self) -> Any: ...
 
 
 def evaluate(

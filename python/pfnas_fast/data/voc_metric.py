@@ -45,8 +45,9 @@ def voc_ap50(
         >>> from collections import namedtuple
         >>> Found = namedtuple("Found", "boxes scores labels")
         >>> val = load_detection("digits").select
-        >>> round(voc_ap50(val, [Found(r.boxes, 0 * r.areas, r.labels) for r in val.records], form="voc07"),
-        6) 1.0
+        >>> found = [Found(r.boxes, 0 * r.areas, r.labels) for r in val.records]
+        >>> round(voc_ap50(val, found, form="voc07"), 6)
+        1.0
     """
     if form not in ("voc07", "voc12"):
         raise InputError(f"voc_ap50: expected 'voc07' or 'voc12' for form, got {form!r}")
