@@ -3,6 +3,7 @@
 
 import copy
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -28,9 +29,8 @@ def ofa_net():
 
     torch.manual_seed(0)
     random.seed(0)
-    net = OFAMobileNetV3(
-        n_classes=NUM_CLASSES, ks_list=[3, 5, 7], expand_ratio_list=[3, 4, 6], depth_list=[2, 3, 4]
-    )
+    choices: dict[str, Any] = {"ks_list": [3, 5, 7], "expand_ratio_list": [3, 4, 6], "depth_list": [2, 3, 4]}
+    net = OFAMobileNetV3(n_classes=NUM_CLASSES, **choices)
     images = torch.randn(8, 3, 64, 64)
     with torch.no_grad():
         for name, parameter in net.named_parameters():

@@ -3,6 +3,7 @@
 
 import io
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,8 +36,8 @@ def batches() -> list[Tensor]:
     ]
 
 
-def snapshot(model: nn.Module) -> dict[str, object]:
-    state: dict[str, object] = {name: value.clone() for name, value in model.state_dict().items()}
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    state: dict[str, Any] = {name: value.clone() for name, value in model.state_dict().items()}
     state.update({"mode " + name: module.training for name, module in model.named_modules()})
     for name, module in model.named_modules():
         if isinstance(module, DynamicBatchNorm2d):
@@ -44,7 +45,7 @@ def snapshot(model: nn.Module) -> dict[str, object]:
     return state
 
 
-def assert_same(before: dict[str, object], after: dict[str, object]) -> None:
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
     assert before.keys() == after.keys()
     for name, value in before.items():
         same = torch.equal(value, after[name]) if isinstance(value, Tensor) else value == after[name]

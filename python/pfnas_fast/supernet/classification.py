@@ -98,6 +98,15 @@ class ClassificationSupernet(ActiveSubnetMixin):
         Returns:
             A subnet in this net's mode, on its device, that shares no memory with it and computes the same
             output.
+
+        Example:
+            >>> from pfnas_fast.space import load_space
+            >>> from pfnas_fast.supernet import recalibrate
+            >>> net = ClassificationSupernet(load_space("tiny"), num_classes=10)
+            >>> path = net.set_active_subnet(ks=3, e=2, d=1)
+            >>> statistics = recalibrate(net, path, [torch.rand(4, 3, 96, 96)])
+            >>> net.get_active_subnet(statistics=statistics).eval()(torch.rand(1, 3, 96, 96)).shape
+            torch.Size([1, 10])
         """
         subnet = ClassificationSubnet(self.space, self.active_path, num_classes=self.num_classes)
         if preserve_weight:

@@ -204,6 +204,13 @@ def copy_active_weights(source: nn.Module, target: nn.Module, statistics: BNStat
 
     Raises:
         InputError: `statistics` lacks a batch normalisation of the target or has another width.
+
+    Example:
+        >>> from pfnas_fast.space import load_space
+        >>> from pfnas_fast.supernet import Backbone
+        >>> space = load_space("tiny")
+        >>> plain = PlainBackbone(space, space.min_path())
+        >>> copy_active_weights(Backbone(space), plain)
     """
     modules = dict(source.named_modules())
     for name, module in target.named_modules():

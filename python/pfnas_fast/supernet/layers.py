@@ -79,6 +79,10 @@ class DynamicPointwiseConv2d(nn.Module):
     Args:
         max_in_channels: Largest number of input channels.
         max_out_channels: Largest number of output channels.
+
+    Example:
+        >>> DynamicPointwiseConv2d(16, 64)(torch.zeros(2, 8, 5, 5), out_channels=24).shape
+        torch.Size([2, 24, 5, 5])
     """
 
     def __init__(self, max_in_channels: int, max_out_channels: int) -> None:
@@ -116,7 +120,15 @@ class DynamicDepthwiseConv2d(nn.Module):
         stride: 1 or 2; the padding is kernel_size // 2.
         backend: ``"reference"`` or ``"fast"``.
 
+    Raises:
+        InputError: even or no sizes, an unknown backend, or sizes that the fast backend does not have.
+
     Source: Once-for-All, arXiv:1908.09791, section 3.3 (elastic kernel size).
+
+    Example:
+        >>> layer = DynamicDepthwiseConv2d(16, (3, 5, 7), stride=2)
+        >>> layer(torch.zeros(2, 8, 10, 10), kernel_size=5).shape
+        torch.Size([2, 8, 5, 5])
     """
 
     def __init__(
@@ -212,6 +224,11 @@ class DynamicBatchNorm2d(nn.BatchNorm2d):
     evaluation uses the running ones. `statistics` replaces the running ones (see
     `pfnas_fast.supernet.use_statistics`: a path needs its own), and `collector` takes over the layer while
     `recalibrate` measures them. Both are None except inside those.
+
+    Example:
+        >>> norm = DynamicBatchNorm2d(16)
+        >>> norm(torch.rand(2, 4, 3, 3)).shape, bool(norm.running_mean[4:].any())
+        (torch.Size([2, 4, 3, 3]), False)
     """
 
     statistics: tuple[Tensor, Tensor] | None
@@ -311,6 +328,12 @@ class DynamicMBConv(nn.Module):
         backend: ``"reference"`` or ``"fast"``.
 
     Source: MobileNetV3, arXiv:1905.02244; elastic form Once-for-All, arXiv:1908.09791, section 3.3.
+
+    Example:
+        >>> from pfnas_fast.space import load_space
+        >>> block = DynamicMBConv(load_space("tiny").blocks[0])
+        >>> block(torch.zeros(1, 8, 6, 8), kernel_size=5, expand_ratio=3).shape
+        torch.Size([1, 16, 3, 4])
     """
 
     def __init__(self, block: BlockSpec, *, backend: str = "reference") -> None:

@@ -246,6 +246,12 @@ def set_running_statistics(model: nn.Module, loader: Iterable[Any]) -> BNStatist
 
     Raises:
         InputError: as `recalibrate`.
+
+    Example:
+        >>> from pfnas_fast.space import load_space
+        >>> from pfnas_fast.supernet import ClassificationSupernet
+        >>> net = ClassificationSupernet(load_space("tiny"), num_classes=10)
+        >>> statistics = set_running_statistics(net, [(torch.rand(4, 3, 96, 96), None)])
     """
     batches = (batch if isinstance(batch, Tensor) else batch[0] for batch in loader)
     device = next(model.parameters()).device
