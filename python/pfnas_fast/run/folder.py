@@ -136,8 +136,8 @@ class Run:
             for key, value in config.to_dict().items():
                 if old[key] != value and key not in _FREE_SETTINGS:
                     raise InputError(
-                        f"Run: expected {key}={old[key]!r} (the run in {self.folder} was started with it), got {value!r}; "
-                        "choose another --out for another run"
+                        f"Run: expected {key}={old[key]!r} (the run in {self.folder} was started with it), "
+                        f"got {value!r}; choose another --out for another run"
                     )
             return
         with self.atomic("config.yaml") as temporary:
