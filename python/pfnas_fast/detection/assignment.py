@@ -11,8 +11,8 @@ testing every location against every object.
 
 Two additions keep small and crowded objects from being forgotten. An object without a candidate (smaller than
 the grid, or between two size ranges) takes the location nearest to its centre on the level of its size. An
-object that lost all its candidates to smaller ones takes the nearest free cell around its centre on that
-level.
+object that lost all its candidates to smaller ones takes the nearest free cell around its centre, on that
+level if one is left.
 """
 
 import math
@@ -163,18 +163,20 @@ def _owners(
 def _serve_losers(
     best: Tensor, rank: Tensor, valid: Tensor, cells: "_Cells", own_level: Tensor, offset: Tensor
 ) -> None:
-    """Give objects that won no location the nearest free cell of their own level; updates `best` [N * L]."""
+    """Give objects that won no location the nearest free cell, if possible on their level; updates `best`."""
     num_images, num_objects = valid.shape
+    levels = torch.arange(cells.index.shape[2], device=best.device)
     while True:
         won = torch.zeros((num_images, num_objects + 1), dtype=torch.bool, device=best.device)
         won.scatter_(1, best.view(num_images, -1), True)
         image, obj = (valid & ~won.gather(1, rank)).nonzero(as_tuple=True)
         if image.numel() == 0:
             return
-        level = own_level[image, obj]
-        index = cells.index[image, obj, level] + offset[image]  # [losers, 9]
-        free = cells.on_grid[image, obj, level] & (best[index] == num_objects)
-        distance = torch.where(free, cells.distance[image, obj, level].square().sum(-1), torch.inf)
+        index = (cells.index[image, obj] + offset[image, :, None]).flatten(1)  # [losers, V * 9]
+        free = cells.on_grid[image, obj].flatten(1) & (best[index] == num_objects)
+        far = (levels - own_level[image, obj, None]).abs() * 1e6  # another level only if the own one is full
+        distance = cells.distance[image, obj].square().sum(-1) + far[..., None]  # [losers, V, 9]
+        distance = torch.where(free, distance.flatten(1), torch.inf)
         nearest = distance.argmin(-1, keepdim=True)
         chosen = free.gather(1, nearest).squeeze(1)
         if not bool(chosen.any()):

@@ -48,8 +48,8 @@ def detection_loss(output: DetectorOutput, targets: Sequence[Target] | Assignmen
     focal = sigmoid_focal_loss(output.logits, truth, alpha=FOCAL_ALPHA, gamma=FOCAL_GAMMA)  # [N, L, K]
     cls = (focal * (assignment.labels != IGNORED)[..., None]).sum() / num_positives
 
-    weight = assignment.centerness
-    giou = generalized_box_iou_loss(_boxes_at(output, assignment), assignment.boxes)  # [P]
+    weight = assignment.centerness.to(output.logits.dtype)
+    giou = generalized_box_iou_loss(_boxes_at(output, assignment), assignment.boxes.to(weight.dtype))  # [P]
     box = (giou * weight).sum() / weight.sum().clamp(min=1e-6)
     logits = output.centerness[image, location]
     centerness = F.binary_cross_entropy_with_logits(logits, weight, reduction="sum") / num_positives
