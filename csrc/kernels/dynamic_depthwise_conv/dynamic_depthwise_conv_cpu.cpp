@@ -18,6 +18,7 @@
 #include "kernels/dynamic_depthwise_conv/params.h"
 #include "kernels/dynamic_depthwise_conv/planes.h"
 #include "kernels/dynamic_depthwise_conv/tiles.h"
+#include "kernels/dynamic_depthwise_conv/walk.h"
 
 namespace pfnas::PFNAS_TIER {
 namespace {
@@ -108,6 +109,9 @@ int valid_channels(const Params& p, std::int64_t block) {
   return static_cast<int>(min_of<std::int64_t>(kBlock, p.channels - block * kBlock));
 }
 
+Image x_image(const Params& p, const float* data) { return {data, p.height, p.width, p.channels}; }
+Image y_image(const Params& p, const float* data) { return {data, p.out_height, p.out_width, p.channels}; }
+
 Planes input_planes(const Params& p, const RowKernels& rows) {
   const int widest = max_of(rows.forward_width, rows.grad_filter_width);
   Planes x;
@@ -120,14 +124,12 @@ Planes input_planes(const Params& p, const RowKernels& rows) {
 
 Planes grad_planes(const Params& p, const RowKernels& rows) {
   const std::int64_t half = p.kernel_size / 2;
-  const std::int64_t last_tile = round_up(p.width, rows.grad_input_width) - rows.grad_input_width;
-  const std::int64_t grad_input_columns =
-      (last_tile + rows.grad_input_width - 1 + half) / p.stride + half + 1;
+  const std::int64_t covered = ceil_div(p.width, rows.grad_input_width) * rows.grad_input_width;
   Planes g;
   g.pad = half;
   g.width = p.out_width;
   g.height = p.out_height;
-  g.pitch = max_of(half + round_up(p.out_width, rows.grad_filter_width), grad_input_columns + half);
+  g.pitch = half + max_of(p.out_width + rows.grad_filter_width, (covered + half) / p.stride + 1);
   return g;
 }
 
@@ -139,50 +141,60 @@ std::int64_t end_input_row(const Params& p, std::int64_t end) {
   return min_of<std::int64_t>(p.height, (end - 1) * p.stride - p.kernel_size / 2 + p.kernel_size);
 }
 
-// Runs one kind of tile over rows [begin, end) of the output, a group of rows at a time for each vector of
-// channels.
+ConvJob conv_job(const Image& out, float* data, const Step& step) {
+  ConvJob job{};
+  job.out = data + step.image * out.image_stride() + step.block * kBlock;
+  job.out_image_stride = out.image_stride();
+  job.out_row_stride = out.row_stride();
+  job.out_col_stride = out.channels;
+  job.out_width = out.width;
+  job.num_images = step.num_images;
+  return job;
+}
+
+// Runs one kind of tile over rows [begin, end) of the output; a few rows for one vector of channels, then for
+// the next, so that the two halves of an output line are written while it is in L1. The first vector also
+// fetches ahead.
 void run_conv(void (*kernel)(const ConvJob&), ConvJob job, const Planes& in, const float* filter, int valid,
               std::int64_t begin, std::int64_t end) {
+  constexpr std::int64_t kRowsPerTurn = 8;
   float* out = job.out;
-  for (std::int64_t y = begin; y < end; y += kRowsPerGroup) {
+  const ConvJob fetching = job;
+  for (std::int64_t y = begin; y < end; y += kRowsPerTurn) {
     for (int v = 0; v * kLanes < valid; ++v) {
+      job.ahead_in = v == 0 ? fetching.ahead_in : Ahead{};
+      job.ahead_x = v == 0 ? fetching.ahead_x : Ahead{};
+      job.ahead_out = v == 0 ? fetching.ahead_out : Ahead{};
       job.in = in.view(v);
       job.filter = filter + v * kLanes;
       job.out = out + v * kLanes;
       job.lanes = min_of(kLanes, valid - v * kLanes);
       job.y_begin = y;
-      job.y_end = min_of(end, y + kRowsPerGroup);
+      job.y_end = min_of(end, y + kRowsPerTurn);
       kernel(job);
     }
   }
 }
 
-void forward_block(const Params& p, const RowKernels& rows, std::int64_t band, std::int64_t image,
-                   std::int64_t block, const float* filter, Planes& x) {
-  const int valid = valid_channels(p, block);
-  const float* source = p.x + image * p.height * p.width * p.channels + block * kBlock;
-  ConvJob job{};
-  job.out = p.y + image * p.out_height * p.out_width * p.channels + block * kBlock;
-  job.out_row_stride = p.out_width * p.channels;
-  job.out_col_stride = p.channels;
-  job.out_width = p.out_width;
-  for (std::int64_t begin = 0; begin < p.out_height; begin += band) {
-    const std::int64_t end = min_of(p.out_height, begin + band);
-    x.pack(source, p.channels, valid, first_input_row(p, begin), end_input_row(p, end));
-    run_conv(rows.forward, job, x, filter, valid, begin, end);
-  }
+void forward_step(const Params& p, const RowKernels& rows, const Step& step, const Step* next,
+                  const float* filter, Planes& x) {
+  const Image from = x_image(p, p.x), to = y_image(p, p.y);
+  const int valid = valid_channels(p, step.block);
+  x.pack(p.x + step.image * from.image_stride() + step.block * kBlock, from, valid, step.num_images,
+         first_input_row(p, step.begin), end_input_row(p, step.end));
+  ConvJob job = conv_job(to, p.y, step);
+  job.ahead_in = look_ahead(from, step, next, p.stride, p.kernel_size / 2);
+  job.ahead_out = look_ahead(to, step, next, 1, 0);
+  run_conv(rows.forward, job, x, filter, valid, step.begin, step.end);
 }
 
 void forward(const Params& p) {
   const RowKernels rows = select_rows(p);
   const std::int64_t taps = p.kernel_size * p.kernel_size;
   Planes plan = input_planes(p, rows);
-  Cut cut{};
-  cut.num_blocks = ceil_div(p.channels, kBlock);
-  cut.band_rows = band_rows(p, p.stride * plan.pitch * kBlock);
-  cut.num_images = p.batch;
-  cut.num_ranges = min_of(cut.num_blocks, ceil_div(16, p.batch));
-  plan.num_rows = min_of<std::int64_t>(p.height, (cut.band_rows - 1) * p.stride + p.kernel_size);
+  const Cut cut = cut_call(p, p.stride * plan.pitch * kBlock, 64, ceil_div(64, p.batch));
+  plan.num_rows = min_of<std::int64_t>(p.height, (cut.slab_rows - 1) * p.stride + p.kernel_size);
+  plan.num_images = cut.slab_images;
 
   const FilterBlocks filters(
       thread_scratch(Scratch::kCall,
@@ -193,9 +205,11 @@ void forward(const Params& p) {
     Planes x = plan;
     x.data = thread_scratch(Scratch::kThread, static_cast<std::size_t>(x.size()));
     x.clear_borders();
-    const std::int64_t image = item / cut.num_ranges, range = item % cut.num_ranges;
-    for (std::int64_t block = cut.first_block(range); block < cut.first_block(range + 1); ++block) {
-      forward_block(p, rows, cut.band_rows, image, block, filters.filter + block * taps * kBlock, x);
+    for (Step step = cut.first(item); !cut.done(item, step);) {
+      const Step next = cut.next(item, step);
+      forward_step(p, rows, step, cut.done(item, next) ? nullptr : &next,
+                   filters.filter + step.block * taps * kBlock, x);
+      step = next;
     }
   });
 }
@@ -205,7 +219,7 @@ struct BackwardScratch {
   Planes x;
   Planes grad_y;
   float* zero_row;     // [columns of x][lanes]
-  float* grad_filter;  // [K * K][16], of one image
+  float* grad_filter;  // [K * K][16], of one step
 
   std::int64_t size() const { return x.size() + grad_y.size() + x.row_stride() + kMaxTaps * kBlock; }
   void place(float* memory) {
@@ -219,65 +233,76 @@ struct BackwardScratch {
   }
 };
 
-void grad_filter_band(const Params& p, const RowKernels& rows, const BackwardScratch& s, int valid,
-                      std::int64_t begin, std::int64_t end) {
-  GradFilterJob job{};
+// Rows (or images, where they are small) are taken in turns whose planes stay in L1 while every filter row
+// passes over them. `sum`, [K * K][16], is added to: first summed over the step, then folded, which keeps the
+// rounding small.
+void grad_filter_step(const Params& p, const RowKernels& rows, BackwardScratch& s, const Step& step,
+                      GradFilterJob job, float* sum) {
+  constexpr std::int64_t kTurnFloats = 4 * 1024;
+  const std::int64_t taps = p.kernel_size * p.kernel_size;
+  const std::int64_t row_floats = p.stride * s.x.row_stride() + s.grad_y.row_stride();
+  const std::int64_t turn_rows =
+      min_of(step.end - step.begin, max_of<std::int64_t>(1, kTurnFloats / row_floats));
+  const std::int64_t turn_images = max_of<std::int64_t>(1, kTurnFloats / (row_floats * p.out_height));
+  const int valid = valid_channels(p, step.block);
+  const GradFilterJob fetching = job;
   job.zero_row = s.zero_row;
   job.out_width = p.out_width;
-  for (std::int64_t y = begin; y < end; y += kRowsPerGroup) {
-    job.y_begin = y;
-    job.y_end = min_of(end, y + kRowsPerGroup);
-    for (int v = 0; v * kLanes < valid; ++v) {
-      job.x = s.x.view(v);
-      job.grad_y = s.grad_y.view(v);
-      job.grad = s.grad_filter + v * kLanes;
-      rows.grad_filter(job);
+  for (std::int64_t i = 0; i < taps * kBlock; ++i) s.grad_filter[i] = 0.0f;
+  for (job.image_begin = 0; job.image_begin < step.num_images; job.image_begin = job.image_end) {
+    job.image_end = min_of(step.num_images, job.image_begin + turn_images);
+    for (job.y_begin = step.begin; job.y_begin < step.end; job.y_begin = job.y_end) {
+      job.y_end = min_of(step.end, job.y_begin + turn_rows);
+      for (int v = 0; v * kLanes < valid; ++v) {
+        job.ahead_x = v == 0 ? fetching.ahead_x : Ahead{};
+        job.ahead_grad_y = v == 0 ? fetching.ahead_grad_y : Ahead{};
+        job.x = s.x.view(v);
+        job.grad_y = s.grad_y.view(v);
+        job.grad = s.grad_filter + v * kLanes;
+        rows.grad_filter(job);
+      }
     }
   }
+  for (std::int64_t i = 0; i < taps * kBlock; ++i) sum[i] += s.grad_filter[i];
 }
 
-// One image, one block of channels: grad_x, and the filter gradient added to `sum`, [K * K][16].
-void backward_block(const Params& p, const RowKernels& rows, std::int64_t band, std::int64_t image,
-                    std::int64_t block, const float* filter, float* sum, BackwardScratch& s) {
-  const int valid = valid_channels(p, block);
-  const std::int64_t taps = p.kernel_size * p.kernel_size;
-  const std::int64_t image_size = p.height * p.width * p.channels;
-  const float* grad_y = p.grad_y + image * p.out_height * p.out_width * p.channels + block * kBlock;
-  ConvJob job{};
-  job.out = p.grad_x == nullptr ? nullptr : p.grad_x + image * image_size + block * kBlock;
-  job.out_row_stride = p.width * p.channels;
-  job.out_col_stride = p.channels;
-  job.out_width = p.width;
-  for (std::int64_t i = 0; i < taps * kBlock; ++i) s.grad_filter[i] = 0.0f;
-  for (std::int64_t begin = 0; begin < p.out_height; begin += band) {
-    const std::int64_t end = min_of(p.out_height, begin + band);
-    s.grad_y.pack(grad_y, p.channels, valid, max_of<std::int64_t>(0, begin - p.kernel_size / 2),
-                  min_of(p.out_height, end + p.kernel_size / 2));
-    if (p.grad_bank != nullptr) {
-      s.x.pack(p.x + image * image_size + block * kBlock, p.channels, valid, first_input_row(p, begin),
-               end_input_row(p, end));
-      grad_filter_band(p, rows, s, valid, begin, end);
+// One slab of one block of channels: grad_x, and the filter gradient added to `sum`. grad_y is packed once
+// for both.
+void backward_step(const Params& p, const RowKernels& rows, const Step& step, const Step* next,
+                   const float* filter, float* sum, BackwardScratch& s) {
+  const Image x = x_image(p, p.x), grad_y = y_image(p, p.grad_y), grad_x = x_image(p, p.grad_x);
+  const int valid = valid_channels(p, step.block);
+  const std::int64_t half = p.kernel_size / 2;
+  const Ahead ahead_x = look_ahead(x, step, p.grad_bank == nullptr ? nullptr : next, p.stride, half);
+  const Ahead ahead_grad_y = look_ahead(grad_y, step, next, 1, half);
+  s.grad_y.pack(p.grad_y + step.image * grad_y.image_stride() + step.block * kBlock, grad_y, valid,
+                step.num_images, max_of<std::int64_t>(0, step.begin - half),
+                min_of(p.out_height, step.end + half));
+  if (p.grad_bank != nullptr) {
+    s.x.pack(p.x + step.image * x.image_stride() + step.block * kBlock, x, valid, step.num_images,
+             first_input_row(p, step.begin), end_input_row(p, step.end));
+    GradFilterJob job{};
+    if (p.grad_x ==
+        nullptr) {  // else the other half fetches: its tiles last longer, so the fetches spread better
+      job.ahead_x = ahead_x;
+      job.ahead_grad_y = ahead_grad_y;
     }
-    if (p.grad_x != nullptr) {
-      run_conv(rows.grad_input, job, s.grad_y, filter, valid, begin * p.stride,
-               min_of(p.height, end * p.stride));
-    }
+    grad_filter_step(p, rows, s, step, job, sum);
   }
-  if (p.grad_bank == nullptr) return;
-  for (std::int64_t i = 0; i < taps * kBlock; ++i) sum[i] += s.grad_filter[i];
+  if (p.grad_x == nullptr) return;
+  ConvJob job = conv_job(grad_x, p.grad_x, step);
+  job.ahead_in = ahead_grad_y;
+  job.ahead_x = ahead_x;
+  job.ahead_out = look_ahead(grad_x, step, next, p.stride, 0);
+  run_conv(rows.grad_input, job, s.grad_y, filter, valid, step.begin * p.stride,
+           min_of(p.height, step.end * p.stride));
 }
 
 Cut cut_backward(const Params& p, std::int64_t floats_per_row) {
   // Enough items to balance 16 threads or so, few enough that folding the partial sums stays below a percent.
   constexpr double kFlopsPerItem = 2e6;
-  const std::int64_t wanted =
-      min_of<std::int64_t>(64, 1 + static_cast<std::int64_t>(conv_flops(p) / kFlopsPerItem));
-  Cut cut{};
-  cut.num_blocks = ceil_div(p.channels, kBlock);
-  cut.band_rows = band_rows(p, floats_per_row);
-  cut.num_ranges = min_of<std::int64_t>(cut.num_blocks, min_of<std::int64_t>(8, wanted));
-  cut.num_images = min_of(p.batch, ceil_div(wanted, cut.num_ranges));
-  return cut;
+  const auto wanted = min_of<std::int64_t>(64, 1 + static_cast<std::int64_t>(conv_flops(p) / kFlopsPerItem));
+  return cut_call(p, floats_per_row, wanted, 8);
 }
 
 void backward(const Params& p) {
@@ -285,34 +310,34 @@ void backward(const Params& p) {
   const std::int64_t taps = p.kernel_size * p.kernel_size;
   BackwardScratch plan{input_planes(p, rows), grad_planes(p, rows), nullptr, nullptr};
   const Cut cut = cut_backward(p, (p.stride * plan.x.pitch + plan.grad_y.pitch) * kBlock);
-  plan.x.num_rows = min_of<std::int64_t>(p.height, (cut.band_rows - 1) * p.stride + p.kernel_size);
-  plan.grad_y.num_rows = min_of<std::int64_t>(p.out_height, cut.band_rows + p.kernel_size - 1);
+  plan.x.num_rows = min_of<std::int64_t>(p.height, (cut.slab_rows - 1) * p.stride + p.kernel_size);
+  plan.grad_y.num_rows = min_of<std::int64_t>(p.out_height, cut.slab_rows + p.kernel_size - 1);
+  plan.x.num_images = plan.grad_y.num_images = cut.slab_images;
 
   const std::int64_t group_size = cut.num_blocks * taps * kBlock;  // filter gradients of one group of images
   const std::int64_t filter_size = cut.num_blocks * FilterBlocks::kFloatsPerBlock;
   float* memory =
-      thread_scratch(Scratch::kCall, static_cast<std::size_t>(filter_size + cut.num_images * group_size));
+      thread_scratch(Scratch::kCall, static_cast<std::size_t>(filter_size + cut.num_groups * group_size));
   const FilterBlocks filters(memory, cut.num_blocks);
-  float* partial = memory + filter_size;  // [num_images][num_blocks][K * K][16]
+  float* partial = memory + filter_size;  // [num_groups][num_blocks][K * K][16]
   derive_filters(p, cut.num_blocks, filters);
 
   parallel_for(cut.num_items(), 2 * conv_flops(p), [&](std::int64_t item) {
     BackwardScratch scratch = plan;
     scratch.place(thread_scratch(Scratch::kThread, static_cast<std::size_t>(scratch.size())));
-    const std::int64_t group = item / cut.num_ranges, range = item % cut.num_ranges;
-    const std::int64_t first = cut.first_block(range), end = cut.first_block(range + 1);
-    float* sums = partial + group * group_size;
-    for (std::int64_t i = first * taps * kBlock; i < end * taps * kBlock; ++i) sums[i] = 0.0f;
-    for (std::int64_t image = group * p.batch / cut.num_images;
-         image < (group + 1) * p.batch / cut.num_images; ++image) {
-      for (std::int64_t block = first; block < end; ++block) {
-        const std::int64_t offset = block * taps * kBlock;
-        backward_block(p, rows, cut.band_rows, image, block, filters.filter + offset, sums + offset, scratch);
-      }
+    float* sums = partial + cut.group(item) * group_size;
+    const std::int64_t end = cut.end_block(item) * taps * kBlock;
+    for (std::int64_t i = cut.first_block(item) * taps * kBlock; i < end; ++i) sums[i] = 0.0f;
+    for (Step step = cut.first(item); !cut.done(item, step);) {
+      const Step next = cut.next(item, step);
+      const std::int64_t offset = step.block * taps * kBlock;
+      backward_step(p, rows, step, cut.done(item, next) ? nullptr : &next, filters.filter + offset,
+                    sums + offset, scratch);
+      step = next;
     }
   });
   if (p.grad_bank == nullptr) return;
-  for (std::int64_t group = 1; group < cut.num_images; ++group) {
+  for (std::int64_t group = 1; group < cut.num_groups; ++group) {
     const float* sums = partial + group * group_size;
     for (std::int64_t i = 0; i < group_size; ++i) partial[i] += sums[i];
   }
