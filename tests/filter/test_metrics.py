@@ -56,7 +56,9 @@ def test_tau_within_bins_is_blind_to_the_trend_between_bins():
     bins = np.repeat(np.arange(8), 25)
     labels = bins * 10.0 + rng.random(200)
     same = bins[:, None] == bins[None, :]
-    trend = pair_tau(bins + 1e-3 * rng.random(200), labels, all_pairs(200), reference=labels, num_bootstrap=50)
+    trend = pair_tau(
+        bins + 1e-3 * rng.random(200), labels, all_pairs(200), reference=labels, num_bootstrap=50
+    )
     within = pair_tau(bins + 1e-3 * rng.random(200), labels, same, reference=labels, num_bootstrap=50)
     assert trend.tau > 0.85
     assert abs(within.tau) < 0.15
@@ -93,7 +95,9 @@ def test_top_k_recall_and_regret_by_hand():
     assert top_k_recall(half, labels, groups, fraction=0.1) == 0.5
     assert regret(labels, labels, groups) == 0.0
     assert regret(-labels, labels, groups) == 19.0
-    assert regret(np.array([0.0, 1.0, 1.0, 0.0]), np.array([5.0, 3.0, 1.0, 4.0]), np.array([0, 0, 1, 1])) == 2.5
+    assert (
+        regret(np.array([0.0, 1.0, 1.0, 0.0]), np.array([5.0, 3.0, 1.0, 4.0]), np.array([0, 0, 1, 1])) == 2.5
+    )
 
 
 def test_reliability_recovers_a_known_signal_to_noise_ratio():

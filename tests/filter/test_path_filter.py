@@ -61,7 +61,9 @@ def test_a_chunk_border_changes_nothing(fitted):
     paths, _, macs_m = table(40_000, seed=2)
     whole = fitted.score(paths, macs_m)
     assert whole.dtype == np.float32
-    assert np.allclose(whole[20_000:20_050], fitted.score(paths[20_000:20_050], macs_m[20_000:20_050]), atol=1e-5)
+    assert np.allclose(
+        whole[20_000:20_050], fitted.score(paths[20_000:20_050], macs_m[20_000:20_050]), atol=1e-5
+    )
     assert fitted.score(paths[:0], macs_m[:0]).shape == (0,)
 
 
@@ -108,7 +110,9 @@ def test_clone_is_unfitted_and_alike(fitted):
     with pytest.raises(InputError, match="expected a fitted filter"):
         fitted.clone().score(*table(5)[::2])
     paths, worth, macs_m = table(120)
-    assert (fitted.clone().fit(paths, worth, macs_m).score(paths, macs_m) == fitted.score(paths, macs_m)).all()
+    assert (
+        fitted.clone().fit(paths, worth, macs_m).score(paths, macs_m) == fitted.score(paths, macs_m)
+    ).all()
 
 
 def test_duplicates_count_once_with_their_mean_label():
@@ -133,7 +137,7 @@ def test_label_noise_softens_the_ranking(shape):
 
 
 def test_one_cost_for_all_paths_is_no_obstacle():
-    paths, worth, macs_m = table(60)
+    paths, worth, _ = table(60)
     flt = quick().fit(paths, worth, np.full(60, 5.0))
     assert np.isfinite(flt.score(paths, np.full(60, 5.0))).all()
 
@@ -162,7 +166,10 @@ def fit_with(**changes):
         ({"macs_m": np.zeros(20)}, "expected macs_m > 0"),
         ({"labels": np.ones(19)}, r"expected shape \[20\] .* for labels, got \[19\]"),
         ({"labels": np.full(20, 0.5)}, "expected labels that differ"),
-        ({"paths": np.zeros((20, 6), int)}, r"expected at least 2 distinct labelled paths .* got 1 \(of 20 rows\)"),
+        (
+            {"paths": np.zeros((20, 6), int)},
+            r"expected at least 2 distinct labelled paths .* got 1 \(of 20 rows\)",
+        ),
         ({"paths": np.zeros((20, 5), int)}, r"expected shape \[n, 6\] for paths"),
         ({"paths": np.full((20, 6), 2)}, "expected -1..1 for gene 1 of paths, got 2 in row 0"),
         ({"label_sd": -1.0}, "label_sd"),
@@ -226,10 +233,14 @@ def test_factored_features_tell_kernel_from_expand_ratio(cost):
     features = encoding.features(population)
     for row, path in enumerate(cost.space.decode(population)):
         column = 0
-        for block, kernel, expand in zip(cost.space.blocks, path.kernel_sizes, path.expand_ratios, strict=True):
+        for block, kernel, expand in zip(
+            cost.space.blocks, path.kernel_sizes, path.expand_ratios, strict=True
+        ):
             for choices, value in ((block.kernel_sizes, kernel), (block.expand_ratios, expand)):
                 if len(choices) > 1:
-                    assert features[row, column : column + len(choices)].tolist() == [c == value for c in choices]
+                    assert features[row, column : column + len(choices)].tolist() == [
+                        c == value for c in choices
+                    ]
                     column += len(choices)
         resolution = [r == path.resolution for r in cost.space.resolutions]
         assert features[row, column:].tolist() == resolution
@@ -246,7 +257,9 @@ def test_rivals_share_the_interface(name):
 
 def test_macs_only_ranks_by_macs():
     paths, _, macs_m = table(20)
-    assert (np.argsort(MacsOnly().score(paths, macs_m)) == np.argsort(np.log(macs_m).astype(np.float32))).all()
+    assert (
+        np.argsort(MacsOnly().score(paths, macs_m)) == np.argsort(np.log(macs_m).astype(np.float32))
+    ).all()
 
 
 def test_unknown_rival_is_refused():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samplers and thresholds: right distribution, exact resume, clear refusals, and speed enough for every step."""
+"""Samplers and thresholds: right distribution, exact resume, clear refusals."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from pfnas_fast.space import CostModel, load_space
 
 
 class Additive:
-    """A known worth per (slot, code), plus a strong trend over MACs that thresholds must not confuse with it."""
+    """A known worth per (slot, code), plus a trend over MACs that thresholds must not confuse with it."""
 
     def __init__(self, cost, trend=2.0, seed=0):
         space = cost.space
@@ -69,7 +69,8 @@ def test_steps_are_the_same_in_any_order_and_after_a_restart(samplers, cost, nam
     forward = [samplers[name].population_for_step(7, step, 2) for step in steps]
     backward = [samplers[name].population_for_step(7, step, 2) for step in reversed(steps)]
     assert all((a == b).all() for a, b in zip(forward, reversed(backward), strict=True))
-    assert any((samplers[name].population_for_step(8, step, 2) != paths).any() for step, paths in zip(steps, forward, strict=True))
+    other = [samplers[name].population_for_step(8, step, 2) for step in steps]
+    assert any((a != b).any() for a, b in zip(forward, other, strict=True))
     assert len(np.unique(np.concatenate(forward), axis=0)) > 5
 
 

@@ -83,6 +83,72 @@ def _covariance(theta: Tensor, groups: Tensor, x1: Tensor, z1: Tensor, x2: Tenso
     return linear + curve + shared[2] * torch.exp(-0.5 * (distance + gap / shared[4] ** 2))
 
 
+def _negative_evidence(
+    theta: np.ndarray,
+    x: np.ndarray,
+    z: np.ndarray,
+    y: np.ndarray,
+    groups: np.ndarray,
+    known_noise: np.ndarray,
+    mean: np.ndarray,
+    sd: np.ndarray,
+) -> tuple[float, np.ndarray]:
+    """Minus log (marginal likelihood times prior), and its gradient: 1/2 tr((K^-1 - alpha alpha^T) dK)."""
+    from scipy.linalg.lapack import dpotrf, dpotri
+
+    shared = np.exp(theta[:_NUM_GLOBAL])
+    num_groups = len(theta) - _NUM_GLOBAL - len(groups)
+    scale = (
+        np.exp(theta[_NUM_GLOBAL:][:num_groups])[groups]
+        * np.exp(theta[_NUM_GLOBAL + num_groups :])
+        / shared[3]
+    )
+    gap = (z[:, None] - z) ** 2
+    scaled = x * scale
+    norm = (scaled**2).sum(1)
+    interaction = scaled @ scaled.T
+    interaction *= 2.0
+    interaction -= norm[:, None] + norm + gap / shared[4] ** 2
+    interaction *= 0.5
+    interaction = shared[2] * np.exp(interaction, out=interaction)
+    curve = shared[6] * np.exp(gap * (-0.5 / shared[5] ** 2))
+    linear, budget = 0.1 * shared[0] * (x @ x.T), shared[1] * np.outer(z, z)
+    gram = interaction + curve + linear + budget
+    gram[np.diag_indices_from(gram)] += shared[7] + known_noise + _JITTER
+    factor, failed = dpotrf(gram, lower=1, overwrite_a=1)
+    if failed:
+        return 1e12, np.zeros_like(theta)  # a step too far: the line search comes back
+    log_det = 2.0 * np.log(np.diagonal(factor)).sum()
+    inverse, _ = dpotri(factor, lower=1, overwrite_c=1)
+    inverse = np.tril(inverse) + np.tril(inverse, -1).T
+    alpha = inverse @ y
+    pull = inverse - np.outer(alpha, alpha)
+    interaction *= pull
+    curve *= pull
+    # sum_ij P_ij (x_if - x_jf)^2 for every feature f at once.
+    square = 2.0 * ((x**2).T @ interaction.sum(1) - (x * (interaction @ x)).sum(0))
+    column = -0.5 * scale**2 * square
+    gradient = np.concatenate(
+        [
+            [
+                0.5 * (pull * linear).sum(),
+                0.5 * (pull * budget).sum(),
+                0.5 * interaction.sum(),
+                -column.sum(),
+                0.5 * (interaction * gap).sum() / shared[4] ** 2,
+                0.5 * (curve * gap).sum() / shared[5] ** 2,
+                0.5 * curve.sum(),
+                0.5 * shared[7] * np.trace(pull),
+            ],
+            np.bincount(groups, column, minlength=num_groups),
+            column,
+        ]
+    )
+    offset = (theta - mean) / sd
+    value = 0.5 * (y @ alpha + log_det + offset @ offset)
+    return float(value), gradient + offset / sd
+
+
 def fit_kernel(
     features: np.ndarray,
     groups: np.ndarray,
@@ -108,50 +174,35 @@ def fit_kernel(
         The model.
 
     Source:
-        Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), sec. 5.4 (marginal likelihood
-        with automatic relevance determination; leaving out by the blockwise form of eq. 5.12).
+        Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), sec. 5.4 (marginal likelihood,
+        automatic relevance determination; leaving out by the blockwise form of eq. 5.12).
     """
     from scipy.optimize import minimize
 
-    x, z = torch.from_numpy(features).double(), torch.from_numpy(budget).double()
-    y = torch.from_numpy(labels).double()
-    group_index = torch.from_numpy(groups)
+    x, z, y = features.astype(np.float64), budget.astype(np.float64), labels.astype(np.float64)
     num_groups = int(groups.max()) + 1
-    known = torch.zeros(len(y), dtype=torch.float64) if noise is None else torch.from_numpy(noise).double()
-    mean = torch.from_numpy(np.concatenate([_PRIOR_MEAN, np.zeros(num_groups + len(groups))]))
+    known = np.zeros(len(y)) if noise is None else noise.astype(np.float64)
+    mean = np.concatenate([_PRIOR_MEAN, np.zeros(num_groups + len(groups))])
     sd = np.concatenate([_PRIOR_SD, np.full(num_groups, _GROUP_SD), np.full(len(groups), _COLUMN_SD)])
-    spread = torch.from_numpy(sd)
-
-    def gram(theta: Tensor) -> Tensor:
-        return _covariance(theta, group_index, x, z, x, z) + torch.diag(torch.exp(theta[7]) + known + _JITTER)
-
-    def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
-        theta = torch.from_numpy(point).requires_grad_()
-        factor = torch.linalg.cholesky(gram(theta))
-        alpha = torch.cholesky_solve(y.unsqueeze(1), factor).squeeze(1)
-        value = 0.5 * y @ alpha + torch.log(torch.diagonal(factor)).sum()
-        value = value + 0.5 * (((theta - mean) / spread) ** 2).sum()
-        (gradient,) = torch.autograd.grad(value, theta)
-        return float(value.detach()), gradient.numpy()
-
-    bounds = [(m - 6.0, m + 6.0) for m in mean.tolist()]
     result = minimize(
-        objective,
-        mean.numpy(),
+        _negative_evidence,
+        mean,
+        args=(x, z, y, groups, known, mean, sd),
         jac=True,
         method="L-BFGS-B",
-        bounds=bounds,
+        bounds=list(zip(mean - 6.0, mean + 6.0, strict=True)),
         options={"maxiter": num_iterations},
     )
-    theta = torch.from_numpy(result.x)
-    with torch.inference_mode():
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram(theta)))
-        alpha = inverse @ y
-        held_out = y.clone()
-        for fold in np.unique(folds):
-            rows = torch.from_numpy(np.flatnonzero(folds == fold))
-            held_out[rows] -= torch.linalg.solve(inverse[rows][:, rows], alpha[rows])
-    return KernelModel(theta, group_index, x, z, alpha.clone(), held_out.clone())
+    theta, index = torch.from_numpy(result.x), torch.from_numpy(groups)
+    rows, places = torch.from_numpy(x), torch.from_numpy(z)
+    gram = _covariance(theta, index, rows, places, rows, places).numpy()
+    inverse = np.linalg.inv(gram + np.diag(np.exp(result.x[7]) + known + _JITTER))
+    alpha = inverse @ y
+    held_out = y.copy()
+    for fold in np.unique(folds):
+        left_out = folds == fold
+        held_out[left_out] -= np.linalg.solve(inverse[np.ix_(left_out, left_out)], alpha[left_out])
+    return KernelModel(theta, index, rows, places, torch.from_numpy(alpha), torch.from_numpy(held_out))
 
 
 @dataclass(frozen=True)
@@ -199,8 +250,7 @@ class KernelScorer:
         num_slots, num_codes, num_features = design.shape
         choices = torch.from_numpy(design).double().view(-1, num_features)
         mean = feature_mean.double()
-        # |x - c|^2 = |x|^2 - 2 x.c + |c|^2 with x = sum of choices; different slots have different columns, so
-        # |x|^2 is additive as well.
+        # |x - c|^2 = |x|^2 - 2 x.c + |c|^2; x is a sum of choices that share no column, so |x|^2 is additive.
         scaled, centres = choices * columns, (model.features + mean) * columns
         distance = (scaled**2).sum(1, keepdim=True) - 2.0 * scaled @ centres.t()
         worth = 0.1 * shared[0] * (model.features.t() @ model.alpha) / scale
@@ -238,4 +288,6 @@ class KernelScorer:
             exponent = exponent - self.scales[0] * gap
             linear += self.scales[2] * budget
             linear += gap.mul_(-self.scales[1]).exp_() @ self.curve
+        else:
+            linear += self.curve.sum()
         return exponent.exp() @ self.alpha + linear

@@ -305,8 +305,8 @@ class PathFilter:
         """
         if tuple(state["slot_sizes"]) != self.encoding.slot_sizes or state["condition"] != self.condition:
             raise InputError(
-                f"PathFilter.load_state_dict: expected choices {list(self.encoding.slot_sizes)} "
-                f"and condition {self.condition!r} for state, got {state['slot_sizes']} and {state['condition']!r}"
+                f"PathFilter.load_state_dict: expected choices {list(self.encoding.slot_sizes)}, condition "
+                f"{self.condition!r} for state, got {state['slot_sizes']} and {state['condition']!r}"
             )
         config = {k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()}
         self.config = RankerConfig(**config)
