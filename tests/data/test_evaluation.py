@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from pfnas_fast.errors import InputError
 
 
 def dataset_of(
-    images: list[list[tuple[tuple[float, ...], int, bool]]], num_classes: int = 2
+    images: Sequence[Sequence[tuple[tuple[float, ...], int, bool]]], num_classes: int = 2
 ) -> DetectionDataset:
     """A dataset without pixels from (box, label, ignore) per image."""
     records = []

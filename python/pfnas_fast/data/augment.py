@@ -120,8 +120,8 @@ def augment_detection(
     if rng.random() < augment.zoom:
         zoom, stretch = rng.uniform(*augment.scale), _log_uniform(rng, augment.aspect) ** 0.5
         scale_x, scale_y = scale_x * zoom * stretch, scale_y * zoom / stretch
-        left = rng.uniform(*sorted((0.0, width - w * scale_x)))
-        top = rng.uniform(*sorted((0.0, height - h * scale_y)))
+        left = float(rng.random()) * (width - w * scale_x)
+        top = float(rng.random()) * (height - h * scale_y)
     columns = _place(left, scale_x, w, width)
     rows = _place(top, scale_y, h, height)
     out = torch.full((3, height, width), PAD_VALUE, dtype=torch.uint8)

@@ -55,8 +55,8 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
             "load: expected scikit-learn to be installed for source 'digits', got none "
             "(pip install scikit-learn)"
         ) from error
-    data = load_digits()
-    return (data.images / 16).astype(np.float32), data.target.astype(np.int64)
+    pixels, labels = load_digits(return_X_y=True)
+    return (pixels.reshape(-1, 8, 8) / 16).astype(np.float32), labels.astype(np.int64)
 
 
 @lru_cache(maxsize=1)

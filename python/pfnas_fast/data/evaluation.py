@@ -84,7 +84,8 @@ def evaluate(
     chosen = image_indices(dataset, indices, "evaluate")
     arrays = detection_arrays(dataset, detections, len(chosen), "evaluate")
     with contextlib.redirect_stdout(io.StringIO()):
-        truth, found = COCO(), COCO()
+        truth: Any = COCO()
+        found: Any = COCO()
         truth.dataset = _coco_dict(dataset, chosen, _truth_annotations(dataset, chosen))
         found.dataset = _coco_dict(dataset, chosen, _detection_annotations(arrays))
         truth.createIndex()

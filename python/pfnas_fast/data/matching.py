@@ -242,7 +242,7 @@ def _assign(truth: _ClassTruth, image: np.ndarray, boxes: np.ndarray) -> tuple[n
         pool = np.where(proper.any(-1, keepdims=True), proper, open_to)
         ranked = np.where(pool, overlap, -1.0)
         best = width - 1 - np.argmax(ranked[..., ::-1], axis=-1)  # the last of equals
-        took = pool.any(-1)
+        took = np.any(pool, axis=-1)
         places = candidates[rows]
         matched[:, :, places] = took.transpose(1, 2, 0)
         of_ignored = np.take_along_axis(np.broadcast_to(ignore, pool.shape), best[..., None], -1)[..., 0]
