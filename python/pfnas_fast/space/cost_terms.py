@@ -48,7 +48,7 @@ def _conv_bn(in_channels: int, out_channels: int, area: int, kernel_size: int = 
 
 
 def _activation(channels: int, area: int, kind: str) -> Cost:
-    """An activation and its output: ReLU saves the output; h-swish the input, and the next layer the output."""
+    """ReLU saves its output; h-swish its input, and the layer after it the output."""
     return Cost(saved=channels * area * (2 if kind == "hswish" else 1))
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pfnas_fast.errors import InputError
+
 if TYPE_CHECKING:
     from pfnas_fast.space.space import Space
 
@@ -49,7 +51,7 @@ class Path:
             (k == 0) == (e == 0) for k, e in zip(self.kernel_sizes, self.expand_ratios, strict=False)
         ]
         if len(self.kernel_sizes) != len(self.expand_ratios) or not all(same_skipped):
-            raise ValueError(
+            raise InputError(
                 "Path: expected kernel_sizes and expand_ratios of one length, 0 at the same blocks, "
                 f"got {self.kernel_sizes} and {self.expand_ratios}"
             )

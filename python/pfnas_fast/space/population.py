@@ -99,25 +99,37 @@ def check(space: Space, population: NDArray[np.uint8]) -> None:
             f"check_population: expected shape [num_paths, {space.num_slots}] for population, "
             f"got {population.shape}"
         )
-    too_large = population > np.array(space.slot_sizes, np.uint8)
-    too_large[:, -1] |= population[:, -1] == 0
-    if too_large.any():
-        row, slot = (int(i) for i in np.argwhere(too_large)[0])
-        where, low = ("the resolution slot", 1) if slot == space.num_blocks else (f"block {slot}", 0)
-        raise InputError(
-            f"check_population: expected codes {low} to {space.slot_sizes[slot]} at {where}, "
-            f"got {population[row, slot]} in row {row}"
-        )
-    for index, (stage, slots) in enumerate(zip(space.stages, space.stage_slices, strict=True)):
-        present = population[:, slots] != 0
-        depth = present.sum(axis=1)
-        bad = ~np.isin(depth, stage.depths) | (present[:, 1:] & ~present[:, :-1]).any(axis=1)
+    if not len(population):
+        return
+    # Slot by slot on contiguous bytes; rows are looked for only once something is known to be wrong.
+    slots = np.ascontiguousarray(population.T)
+    if (slots.max(axis=1) > space.slot_sizes).any() or slots[-1].min() == 0:
+        _refuse_codes(space, population)
+    for index, (stage, where) in enumerate(zip(space.stages, space.stage_slices, strict=True)):
+        present = slots[where] != 0
+        depth = present.view(np.uint8).sum(axis=0, dtype=np.uint8)
+        allowed = np.isin(np.arange(stage.depths[-1] + 1), stage.depths)
+        bad = ~allowed[depth]
+        for position in range(1, stage.depths[-1]):
+            bad |= present[position] & ~present[position - 1]
         if bad.any():
             row = int(np.argmax(bad))
             raise InputError(
                 f"check_population: expected the first d blocks of stage {index} to be present, d one of "
-                f"{stage.depths}, got codes {population[row, slots].tolist()} in row {row}"
+                f"{stage.depths}, got codes {population[row, where].tolist()} in row {row}"
             )
+
+
+def _refuse_codes(space: Space, population: NDArray[np.uint8]) -> None:
+    """Name the first code that is out of range."""
+    wrong = population > np.array(space.slot_sizes)
+    wrong[:, -1] |= population[:, -1] == 0
+    row, slot = (int(i) for i in np.argwhere(wrong)[0])
+    where, low = ("the resolution slot", 1) if slot == space.num_blocks else (f"block {slot}", 0)
+    raise InputError(
+        f"check_population: expected codes {low} to {space.slot_sizes[slot]} at {where}, "
+        f"got {population[row, slot]} in row {row}"
+    )
 
 
 def uniform_population(
