@@ -42,7 +42,7 @@ def test_the_gradient_is_that_of_the_value(problem):
     arguments = (features.astype(np.float64), budget, labels, groups, known, mean, sd)
     _, gradient = kernel._negative_evidence(theta, *arguments)
     numeric = approx_fprime(theta, lambda t: kernel._negative_evidence(t, *arguments)[0], 1e-6)
-    np.testing.assert_allclose(gradient, numeric, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(gradient, np.asarray(numeric), rtol=1e-3, atol=1e-4)
 
 
 def test_held_out_predictions_equal_refitting_without_the_fold(problem, model):

@@ -2,6 +2,7 @@
 """The report: honest held-out numbers, the refusal rule, JSON and PNG."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from pfnas_fast.filter.rivals import Rival
 from pfnas_fast.space import CostModel, load_space, uniform_population
 
 CHOICES = [3] * 6
-FAST = {"network_share": 0.0}  # the processes alone: a tenth of the time, the same rules
+FAST: dict[str, Any] = {"network_share": 0.0}  # the processes alone: a tenth of the time, the same rules
 
 
 def table(n, noise, seed=0):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Candidates per budget: feasible, near the budget, distinct, best first, reproducible."""
 
+from typing import Any
+
 import numpy as np
 import pytest
-
 from pfnas_fast.errors import InputError
 from pfnas_fast.search import EvolutionConfig, search_candidates
 from pfnas_fast.search.genes import GeneOperators, unique_rows
@@ -21,16 +22,6 @@ class Additive:
 
     def score(self, population, macs_m=None):
         return self.worth[np.arange(population.shape[1]), population].sum(1)
-
-
-class Thresholds:
-    """Keeps paths whose first block has an odd code."""
-
-    def __init__(self, scorer):
-        self.scorer = scorer
-
-    def threshold(self, macs_m):
-        return np.full(len(macs_m), 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +91,8 @@ def test_search_beats_as_many_random_paths_of_the_budget(cost, scorer):
 
 def test_same_generator_same_candidates(cost, scorer):
     runs = [
-        search_candidates(scorer, cost, [9.0], rng=np.random.default_rng(5), config=QUICK)[9.0] for _ in range(2)
+        search_candidates(scorer, cost, [9.0], rng=np.random.default_rng(5), config=QUICK)[9.0]
+        for _ in range(2)
     ]
     assert (runs[0] == runs[1]).all()
 
@@ -110,7 +102,9 @@ def test_pruned_space_bounds_the_search(cost, scorer):
         def threshold(self, macs_m):
             return np.full(len(macs_m), 0.5)
 
-    found = search_candidates(scorer, cost, [12.0], rng=np.random.default_rng(0), pruned=Odd(), config=QUICK)[12.0]
+    found = search_candidates(scorer, cost, [12.0], rng=np.random.default_rng(0), pruned=Odd(), config=QUICK)[
+        12.0
+    ]
     assert (scorer.score(found) >= 0.5).all()
 
 
@@ -142,7 +136,7 @@ def test_the_smallest_budget_finds_the_smallest_path(cost, scorer):
 @pytest.mark.parametrize("field", ["parent_fraction", "mutation_fraction", "gene_probability", "slack"])
 def test_bad_rates_are_refused(field):
     with pytest.raises(InputError, match=field):
-        EvolutionConfig(**{field: 0.0})
+        EvolutionConfig(**dict[str, Any]({field: 0.0}))
 
 
 def test_bad_top_k_is_refused(cost, scorer):

@@ -94,7 +94,7 @@ def _negative_evidence(
     sd: np.ndarray,
 ) -> tuple[float, np.ndarray]:
     """Minus log (marginal likelihood times prior), and its gradient: 1/2 tr((K^-1 - alpha alpha^T) dK)."""
-    from scipy.linalg.lapack import dpotrf, dpotri
+    from scipy.linalg import get_lapack_funcs
 
     shared = np.exp(theta[:_NUM_GLOBAL])
     num_groups = len(theta) - _NUM_GLOBAL - len(groups)
@@ -115,11 +115,12 @@ def _negative_evidence(
     linear, budget = 0.1 * shared[0] * (x @ x.T), shared[1] * np.outer(z, z)
     gram = interaction + curve + linear + budget
     gram[np.diag_indices_from(gram)] += shared[7] + known_noise + _JITTER
-    factor, failed = dpotrf(gram, lower=1, overwrite_a=1)
+    potrf, potri = get_lapack_funcs(("potrf", "potri"), (gram,))
+    factor, failed = potrf(gram, lower=1, overwrite_a=1)
     if failed:
         return 1e12, np.zeros_like(theta)  # a step too far: the line search comes back
     log_det = 2.0 * np.log(np.diagonal(factor)).sum()
-    inverse, _ = dpotri(factor, lower=1, overwrite_c=1)
+    inverse, _ = potri(factor, lower=1, overwrite_c=1)
     inverse = np.tril(inverse) + np.tril(inverse, -1).T
     alpha = inverse @ y
     pull = inverse - np.outer(alpha, alpha)

@@ -308,8 +308,8 @@ class PathFilter:
                 f"PathFilter.load_state_dict: expected choices {list(self.encoding.slot_sizes)}, condition "
                 f"{self.condition!r} for state, got {state['slot_sizes']} and {state['condition']!r}"
             )
-        config = {k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()}
-        self.config = RankerConfig(**config)
+        config: dict[str, Any] = dict(state["config"])
+        self.config = RankerConfig(**{**config, "hidden": tuple(config["hidden"])})
         self.num_members = int(state["num_members"])
         self._norm = {key: torch.as_tensor(value) for key, value in state["norm"].items()}
         network = None

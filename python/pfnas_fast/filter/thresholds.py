@@ -16,7 +16,7 @@ __all__ = ["BudgetThresholds", "PathScorer"]
 class PathScorer(Protocol):
     """What ranks paths: `PathFilter` and its rivals."""
 
-    def score(self, paths: Any, macs_m: Any = None) -> np.ndarray:
+    def score(self, paths: Any, macs_m: Any = None, /) -> np.ndarray:
         """Scores float [n]; larger is better among paths of similar MACs."""
         ...
 

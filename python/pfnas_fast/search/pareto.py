@@ -91,7 +91,7 @@ def _cheapest(macs: np.ndarray, quality: np.ndarray, ap: float) -> float | None:
 
 
 def macs_saved_at_equal_ap(
-    front_a: Sequence[Any], front_b: Sequence[Any], budgets_macs_m: Sequence[float]
+    front_a: tuple[Any, Any], front_b: tuple[Any, Any], budgets_macs_m: Sequence[float]
 ) -> dict[float, float | None]:
     """How many MACs front A saves against front B, at the AP that B reaches with each budget.
 
