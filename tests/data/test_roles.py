@@ -167,3 +167,9 @@ def test_digits_of_pre_training_are_in_no_val_or_test_scene():
         assert shown
         assert not shown & pretrained
         assert shown <= set(digit_instances()[split].tolist())
+
+
+def test_evaluation_roles_know_their_calibration_images(coco_folder):
+    data = load_detection(coco_folder(train=20, val=6, test=6))
+    assert all(d.calib is data.calib for d in (data.label, data.select, data.test))
+    assert data.label.subset([0]).calib is data.calib
