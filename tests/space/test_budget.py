@@ -152,7 +152,7 @@ def test_gaps_between_paths_are_not_feasible(small_space: Space, all_paths: Call
     assert BudgetSampler(cost).feasible(low, high) == []
     with pytest.raises(InputError, match="expected a window that holds a path, within"):
         BudgetSampler(cost).sample(np.random.default_rng(0), 1, low, high)
-    with pytest.raises(InputError, match=r"expected a wider window for this space, got 0.02"):
+    with pytest.raises(InputError, match="expected a window that holds a path, within"):
         BudgetSampler(cost).sample_log_uniform(np.random.default_rng(0), 1, low, high)
 
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from pfnas_fast.space import population as coding
 from pfnas_fast.space.path import Path
 from pfnas_fast.space.specs import BlockSpec, HeadSpec, StageSpec, StaticBlockSpec, TailSpec
 
-Genes = int | Sequence[int]
+Genes = SupportsIndex | Iterable[SupportsIndex]
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Space:
 
     # Paths --------------------------------------------------------------------------------------------------
 
-    def path(self, *, ks: Genes, e: Genes, d: Genes, resolution: int | None = None) -> Path:
+    def path(self, *, ks: Genes, e: Genes, d: Genes, resolution: SupportsIndex | None = None) -> Path:
         """A validated path, in Once-for-All's dialect.
 
         Args:
