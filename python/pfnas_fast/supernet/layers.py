@@ -243,7 +243,7 @@ class DynamicBatchNorm2d(nn.BatchNorm2d):
         """Scale and shift of the first `channels` channels, views of shape [channels]."""
         weight, bias = self.weight, self.bias
         if channels != weight.shape[0]:
-            return weight[:channels], bias[:channels]
+            return weight.narrow(0, 0, channels), bias.narrow(0, 0, channels)  # cheaper than indexing
         return weight, bias
 
     def active_running(self, channels: int) -> tuple[Tensor, Tensor]:
@@ -263,7 +263,9 @@ class DynamicBatchNorm2d(nn.BatchNorm2d):
         mean, var = self.running_mean, self.running_var
         if mean is None or var is None:
             raise RuntimeError("DynamicBatchNorm2d: the running buffers are gone")
-        return mean[:channels], var[:channels]
+        if channels != mean.shape[0]:
+            return mean.narrow(0, 0, channels), var.narrow(0, 0, channels)
+        return mean, var
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` [N, C, H, W], C at most `num_features`, per channel.
