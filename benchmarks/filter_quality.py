@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from pfnas_fast.filter import PathFilter
 from pfnas_fast.filter.metrics import cost_bins, regret, tau_within_groups
 from pfnas_fast.filter.rivals import RIVALS, Rival
@@ -206,9 +207,8 @@ def main() -> None:
     if options.json:
         print(json.dumps(rows, indent=1))
         return
-    print(
-        f"{'cell':10} {'model':30} {'within':>7} {'global':>7} {'local':>7} {'regret':>7} {'vs best rival':>18} {'fit s':>6}"
-    )
+    titles = f"{'within':>7} {'global':>7} {'local':>7} {'regret':>7} {'vs best rival':>18} {'fit s':>6}"
+    print(f"{'cell':10} {'model':30} {titles}")
     for row in rows:
         interval = ""
         if row["versus_best_low"] is not None:
