@@ -42,9 +42,9 @@ class Augmentation:
     flip: float = 0.5
     vertical_flip: float = 0.0
     zoom: float = 0.9
-    scale: tuple[float, float] = (0.5, 1.5)
+    scale: tuple[float, float] = (0.8, 1.6)
     aspect: tuple[float, float] = (0.85, 1.18)
-    colour: float = 0.8
+    colour: float = 0.5
     brightness: float = 0.3
     contrast: float = 0.3
     saturation: float = 0.4
@@ -80,9 +80,9 @@ class ClassificationAugmentation:
     """
 
     flip: float = 0.5
-    area: tuple[float, float] = (0.35, 1.0)
+    area: tuple[float, float] = (0.6, 1.0)
     aspect: tuple[float, float] = (0.75, 4 / 3)
-    colour: float = 0.8
+    colour: float = 0.5
     brightness: float = 0.3
     contrast: float = 0.3
     saturation: float = 0.4

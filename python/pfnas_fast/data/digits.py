@@ -132,16 +132,16 @@ def _scene_rng(split: str, index: int, part: int) -> np.random.Generator:
 
 
 def _draw_glyph(rng: np.random.Generator, instance: int, width: int, height: int) -> _Glyph:
-    size = round(float(np.exp(rng.uniform(np.log(14), np.log(70)))))
+    size = round(float(np.exp(rng.uniform(np.log(16), np.log(72)))))
     return _Glyph(
         instance=instance,
         x=int(rng.integers(0, width - size + 1)),
         y=int(rng.integers(0, height - size + 1)),
         size=size,
-        angle=float(rng.uniform(-18, 18)),
-        shear=float(rng.uniform(-0.25, 0.25)),
+        angle=float(rng.uniform(-10, 10)),
+        shear=float(rng.uniform(-0.15, 0.15)),
         ink=float(rng.uniform(0.3, 0.55)),
-        contrast=float(rng.choice([-1, 1]) * rng.uniform(35, 150)),
+        contrast=float(rng.uniform(50, 150)),
     )
 
 
@@ -196,14 +196,14 @@ def render_scene(record: Record) -> Tensor:
     glyphs, _ = _plan_scene(split, int(index))
     rng = _scene_rng(split, int(index), 1)
     canvas = _ground(rng, SCENE_WIDTH, SCENE_HEIGHT)
-    _add_strokes(canvas, rng, int(rng.integers(3, 13)))
+    _add_strokes(canvas, rng, int(rng.integers(1, 6)))
     instances = digit_instances()[split]
-    for _ in range(int(rng.integers(0, 5))):
+    for _ in range(int(rng.integers(0, 3))):
         decoy = _draw_glyph(rng, int(rng.choice(instances)), SCENE_WIDTH, SCENE_HEIGHT)
         _paint(canvas, rng, decoy, _scramble(_glyph_alpha(decoy), rng), [_ink_box(g) for g in glyphs])
     for glyph in glyphs:
         _paint(canvas, rng, glyph, _glyph_alpha(glyph), [])
-    if rng.random() < 0.35:
+    if rng.random() < 0.2:
         _add_strokes(canvas, rng, 1)  # crosses some digit now and then
     return _expose(canvas, rng)
 
@@ -213,18 +213,18 @@ def render_view(source: str) -> Tensor:
     _, instance, index = source.split("/")
     rng = np.random.default_rng([_SEED, _STREAM_VIEWS, int(index)])
     drawn = _draw_glyph(rng, int(instance), SCENE_WIDTH, SCENE_HEIGHT)
-    size = int(rng.integers(26, VIEW_SIZE - 3))
+    size = int(rng.integers(34, VIEW_SIZE - 1))
     x, y = (int(v) for v in rng.integers(0, VIEW_SIZE - size + 1, size=2))
     glyph = _Glyph(drawn.instance, x, y, size, drawn.angle, drawn.shear, drawn.ink, drawn.contrast)
     canvas = _ground(rng, VIEW_SIZE, VIEW_SIZE)
-    _add_strokes(canvas, rng, int(rng.integers(0, 5)))
+    _add_strokes(canvas, rng, int(rng.integers(0, 3)))
     _paint(canvas, rng, glyph, _glyph_alpha(glyph), [])
     return _expose(canvas, rng)
 
 
 def _ground(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     """A coloured ground with soft patches and a slope of light, [height, width, 3] float32."""
-    base = rng.uniform(60, 195, size=3) * 0.5 + rng.uniform(60, 195) * 0.5
+    base = rng.uniform(25, 105, size=3) * 0.5 + rng.uniform(25, 105) * 0.5
     patches = rng.normal(size=(int(rng.integers(3, 8)), int(rng.integers(4, 10)))).astype(np.float32)
     texture = np.asarray(Image.fromarray(patches).resize((width, height), Image.Resampling.BICUBIC))
     slope = np.linspace(-1, 1, width)[None, :] * rng.uniform(-25, 25) + np.linspace(-1, 1, height)[
@@ -259,7 +259,7 @@ def _add_strokes(canvas: np.ndarray, rng: np.random.Generator, count: int) -> No
                 joint="curve",
             )
         mask = mask.reduce(2)
-        step = rng.choice([-1, 1]) * rng.uniform(20, 110) + rng.normal(size=3) * 25
+        step = rng.choice([-1, 1]) * rng.uniform(10, 55) + rng.normal(size=3) * 15
         extent = mask.getbbox()
         if extent is None:
             continue
@@ -286,17 +286,14 @@ def _paint(
     alpha: np.ndarray,
     keep_clear: list[tuple[float, ...]],
 ) -> None:
-    """Blend a glyph in, in a colour `contrast` away from its ground, unless it hits a `keep_clear` box."""
+    """Blend a glyph in, `contrast` brighter than its ground (chalk on a board), unless it hits a `keep_clear` box."""
     box = (glyph.x, glyph.y, glyph.x + glyph.size, glyph.y + glyph.size)
     noise = rng.normal(size=3) * 22
     if any(_overlap(box, other) > 0.1 for other in keep_clear):
         return
     region = canvas[glyph.y : glyph.y + glyph.size, glyph.x : glyph.x + glyph.size]
     ground = region.mean((0, 1))
-    step = glyph.contrast
-    if not 15 < ground.mean() + step < 240:
-        step = -step
-    colour = np.clip(ground + step + noise, 0, 255).astype(np.float32)
+    colour = np.clip(ground + glyph.contrast + noise, 0, 255).astype(np.float32)
     region += alpha[..., None] * (colour - region)
 
 

@@ -50,14 +50,14 @@ class RunConfig:
     force_filter: bool = False
     # S0: classification.
     pretrain: bool = True
-    pretrain_steps: int = 600
-    pretrain_batch_size: int = 48
-    pretrain_learning_rate: float = 2e-3
+    pretrain_steps: int = 500
+    pretrain_batch_size: int = 24
+    pretrain_learning_rate: float = 4e-3
     # S2 and S6: detection.
-    warmup_steps: int = 500
-    train_steps: int = 1000
-    batch_size: int = 16
-    learning_rate: float = 2e-3
+    warmup_steps: int = 900
+    train_steps: int = 1800
+    batch_size: int = 8
+    learning_rate: float = 5e-3
     weight_decay: float = 0.02
     distill_after: float = 0.2
     distill_weight: float = 1.0
@@ -71,11 +71,11 @@ class RunConfig:
     labels_per_bin: int = 16
     filter_members: int = 5
     # S7, S8 and the report.
-    num_budgets: int = 6
+    num_budgets: int = 8
     max_macs_m: float | None = None
     search_resolution: int | None = None
     search_iterations: int = 200
-    candidates_per_budget: int = 6
+    candidates_per_budget: int = 5
     random_paths: int = 20
     report_budgets: int = 3
     finetune_steps: int = 0

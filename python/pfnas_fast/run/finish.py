@@ -24,22 +24,28 @@ _RANDOM_WINDOW = (
 )  # a random path counts as "of the same budget" within 7 % below the searched path's MACs
 
 
-def search_budgets_m(cost: CostModel, *, num_budgets: int, max_macs_m: float | None) -> list[float]:
-    """Budgets evenly spaced in log MACs, from a little above the cheapest path to the dearest (or
-    `max_macs_m`)."""
-    low, high = cost.range_m()
+def search_budgets_m(
+    cost: CostModel, *, num_budgets: int, max_macs_m: float | None = None, resolution: int | None = None
+) -> list[float]:
+    """Budgets evenly spaced in log MACs, from the cheapest path to the dearest (or `max_macs_m`)."""
+    low, high = cost.range_m(resolution)
     if max_macs_m is not None:
         cost.check_budget_m(max_macs_m, argument="max_macs_m")
-        high = min(high, max_macs_m)
-    low = min(low * 1.1, high)
-    return [float(value) for value in np.exp(np.linspace(np.log(low), np.log(high), num_budgets))]
+        high = max(low, min(high, max_macs_m))
+    budgets = np.exp(np.linspace(np.log(low), np.log(high), num_budgets))
+    return [low, *(float(value) for value in budgets[1:-1]), high] if num_budgets > 1 else [high]
 
 
 def run_search(job: Job) -> None:
     """S7: candidates by predicted rank, the front by real AP on `select`; S8: export it."""
     config, run = job.config, job.run
     check_images(job.data.select)
-    budgets = search_budgets_m(job.cost, num_budgets=config.num_budgets, max_macs_m=config.max_macs_m)
+    budgets = search_budgets_m(
+        job.cost,
+        num_budgets=config.num_budgets,
+        max_macs_m=config.max_macs_m,
+        resolution=config.search_resolution,
+    )
     flt = search_filter(job)
     pruned = None
     if config.sampler == "path_filter" and run.read_json("filter/report.json")["filter_used"]:

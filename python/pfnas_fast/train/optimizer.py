@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 _RATE_WARMUP_FRACTION = 0.05
+_RATE_HOLD_FRACTION = 0.5  # a cosine from the start decays before a short training has left its first plateau
 _FINAL_RATE_FRACTION = 0.02
 
 
@@ -23,15 +24,18 @@ def make_optimizer(net: nn.Module, *, learning_rate: float, weight_decay: float)
         is_weight = parameter.ndim >= 2 and "matrix" not in name
         (decay if is_weight else rest).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
 
 def learning_rate_at(step: int, num_steps: int, peak: float) -> float:
-    """Linear warm-up over the first 5 % of the steps, then a cosine down to 2 % of `peak`."""
+    """Linear warm-up over the first 5 % of the steps, `peak` up to half of them, then a cosine down to 2 % of it."""
     warmup = max(1, round(_RATE_WARMUP_FRACTION * num_steps))
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)
+    hold = max(warmup, round(_RATE_HOLD_FRACTION * num_steps))
+    if step < hold:
+        return peak
+    progress = (step - hold) / max(1, num_steps - hold)
     return peak * (
         _FINAL_RATE_FRACTION + (1 - _FINAL_RATE_FRACTION) * 0.5 * (1 + math.cos(math.pi * progress))
     )
