@@ -43,7 +43,11 @@ def test_budget_outside_the_space_is_refused_at_once(
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert _call(monkeypatch, *arguments) == 2
@@ -80,10 +84,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_predict_and_val(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, toy_detection: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    model: Path,
+    toy_detection: Path,
 ) -> None:
     images = toy_detection / "images" / "test"
-    assert _call(monkeypatch, "predict", str(model), str(images), "--out", str(tmp_path), "--threshold", "0.01") == 0
+    assert (
+        _call(monkeypatch, "predict", str(model), str(images), "--out", str(tmp_path), "--threshold", "0.01")
+        == 0
+    )
     assert len(json.loads((tmp_path / "detections.json").read_text())) == 6
     assert len(list(tmp_path.glob("*.png"))) == 6
     assert _call(monkeypatch, "val", str(model), "--data", str(toy_detection)) == 0

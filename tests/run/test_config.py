@@ -51,7 +51,7 @@ def test_scientific_notation_is_a_number() -> None:
     assert make_config(assignments=["learning_rate=1e-3"]).learning_rate == 1e-3
 
 
-def test_round_trip(tmp_path) -> None:  # noqa: ANN001
+def test_round_trip(tmp_path) -> None:
     from pfnas_fast.run import Run
 
     config = make_config(recipe="demo", assignments=["max_macs_m=20"])

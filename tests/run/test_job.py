@@ -60,8 +60,8 @@ def test_no_stage_looks_at_images_of_a_later_role(
 
 def _check_outputs(run: pf.Run) -> None:
     expected = (
-        "config.yaml splits.json log.jsonl labels.csv filter/report.json filter/thresholds.json filter/drift.json "
-        "pareto.json pareto.png report.json detections/small.png"
+        "config.yaml splits.json log.jsonl labels.csv filter/report.json filter/thresholds.json "
+        "filter/drift.json pareto.json pareto.png report.json detections/small.png"
     )
     assert [name for name in expected.split() if not run.has(name)] == []
     splits = run.read_json("splits.json")

@@ -2,9 +2,10 @@
 from pathlib import Path
 
 import numpy as np
-import pfnas_fast as pf
 import pytest
 import torch
+
+import pfnas_fast as pf
 from pfnas_fast.train.labelling import bin_edges_m, budget_bins, draw_labelled_paths
 
 

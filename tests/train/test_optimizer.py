@@ -3,8 +3,9 @@ import itertools
 
 import pytest
 import torch
-from pfnas_fast.train.optimizer import WeightAverage, learning_rate_at, make_optimizer
 from torch import nn
+
+from pfnas_fast.train.optimizer import WeightAverage, learning_rate_at, make_optimizer
 
 
 def test_learning_rate_rises_then_falls() -> None:

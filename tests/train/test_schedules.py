@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
+
 from pfnas_fast.errors import InputError
 from pfnas_fast.filter import Balanced, Uniform
 from pfnas_fast.space import CostModel, load_space

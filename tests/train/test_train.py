@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 from pathlib import Path
 
-import pfnas_fast as pf
 import pytest
 import torch
+
+import pfnas_fast as pf
 
 STEPS = 6
 

@@ -293,7 +293,9 @@ def _run_all(out: FilePath, config: RunConfig, dry_run: bool) -> None:
         console.print(text, highlight=False)
         return
     from pfnas_fast.run.job import open_job, run_all
+    from pfnas_fast.train.distributed import rank_and_size, start_processes
 
+    start_processes(config.device)
     with StageProgress() as progress:
         job = open_job(out, config, progress)
         run_all(
@@ -302,12 +304,15 @@ def _run_all(out: FilePath, config: RunConfig, dry_run: bool) -> None:
                 None if ran else console.print(f"{name}: done before", highlight=False)
             ),
         )
-    print_report(job.run.read_json("report.json"), str(out))
+    if rank_and_size()[0] == 0:
+        print_report(job.run.read_json("report.json"), str(out))
 
 
 def _run_stage(name: str, out: FilePath, config: RunConfig) -> None:
     from pfnas_fast.run.job import open_job, run_stage, stage_names
+    from pfnas_fast.train.distributed import start_processes
 
+    start_processes(config.device)
     if name not in stage_names(config):
         raise InputError(
             f"{name}: expected one of {', '.join(stage_names(config))} for this run's settings, got {name!r}"

@@ -16,6 +16,7 @@ from pfnas_fast.errors import InputError
 SCHEDULES = ("sandwich", "progressive", "single")
 SAMPLERS = ("uniform", "balanced", "bestup", "random_prune", "filter_unconditioned", "path_filter")
 BACKENDS = ("fast", "reference")
+DEVICES = ("cpu", "cuda")
 PRESETS: dict[str, dict[str, Any]] = {
     # Once-for-All as published (arXiv:1908.09791): progressive shrinking, uniform paths, one frozen teacher.
     "ofa": {"schedule": "progressive", "sampler": "uniform"},
@@ -84,6 +85,12 @@ class RunConfig:
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("backend", self.backend, BACKENDS)
+        _check_choice("device", self.device, DEVICES)
+        if self.device == "cuda" and self.backend == "fast":
+            raise InputError(
+                "config: expected backend 'reference' for device 'cuda' (the kernels of 'fast' run on CPUs), "
+                "got 'fast'"
+            )
         for name in ("label_fraction", "train_fraction", "keep"):
             value = getattr(self, name)
             if not 0.0 < value <= 1.0:

@@ -41,6 +41,7 @@ from pfnas_fast.run.folder import Run
 from pfnas_fast.space import CostModel, Space, load_space
 from pfnas_fast.supernet import ClassificationSupernet
 from pfnas_fast.train import Labels, classification_accuracy, label_paths, pretrain, train
+from pfnas_fast.train.distributed import decide_together, rank_and_size
 from pfnas_fast.train.engine import Progress
 from pfnas_fast.train.schedules import equal_compute_steps
 
@@ -69,7 +70,7 @@ class Job:
         data = load_detection(
             self.config.data, roles=roles, seed=self.config.seed, fraction=self.config.train_fraction
         )
-        if not self.run.has("splits.json"):
+        if not self.run.has("splits.json") and rank_and_size()[0] == 0:
             self.run.write_json("splits.json", data.splits())
         return data
 
@@ -132,6 +133,9 @@ class Job:
         )
 
 
+TRAINING_STAGES = ("pretrain", "warmup", "train")
+
+
 def stage_names(config: RunConfig) -> list[str]:
     """Stages of a run, in order."""
     names = ["pretrain"] if config.pretrain else []
@@ -162,6 +166,8 @@ def run_pretrain(job: Job) -> None:
         run=job.run,
         progress=job.progress,
     )
+    if rank_and_size()[0] != 0:
+        return
     accuracy = {
         name: classification_accuracy(net, data, path)
         for name, path in (("largest", space.max_path()), ("smallest", space.min_path()))
@@ -256,6 +262,8 @@ def run_train(job: Job) -> None:
         )
         return
     _train(job, job.load_net("warmup"), sampler, "train", config.schedule, config.train_steps)
+    if rank_and_size()[0] != 0:
+        return
     labels = measure_drift(job)
     scores = job.load_filter().score(labels.paths, labels.macs_m)
     report = {
@@ -369,10 +377,16 @@ def _stage_function(name: str) -> Callable[[Job], Any]:
 
 
 def run_stage(job: Job, name: str) -> bool:
-    """Run one stage unless it is done; returns whether it ran."""
-    if is_done(job, name):
+    """Run one stage unless it is done; returns whether it ran.
+
+    Under `torchrun` all ranks train; the other stages run on rank 0 while the rest wait.
+    """
+    is_first = rank_and_size()[0] == 0
+    if not decide_together(is_first and not is_done(job, name)):
         return False
-    _stage_function(name)(job)
+    if is_first or name in TRAINING_STAGES:
+        _stage_function(name)(job)
+    decide_together(True)
     return True
 
 

@@ -3,14 +3,19 @@
 
 All ranks draw the same paths (same seed), different images, and average gradients after the backward pass. A
 parameter that no path of the step used has no gradient on any rank, so it takes no part and keeps `grad`
-None.
+None. The run folder must be one that all ranks see; only rank 0 writes to it.
 """
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from torch import nn
+
+# Ranks wait here while rank 0 labels and searches.
+_TIMEOUT = timedelta(hours=12)
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -18,6 +23,29 @@ def rank_and_size() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def start_processes(device: str) -> None:
+    """Join the other processes if `torchrun` started this one; otherwise do nothing.
+
+    Args:
+        device: "cpu" (gloo) or "cuda" (nccl; each process takes the GPU of its local rank).
+    """
+    if not dist.is_available() or not dist.is_torchelastic_launched() or dist.is_initialized():
+        return
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_TIMEOUT)
+    if device == "cuda":
+        torch.cuda.set_device(dist.get_node_local_rank())
+
+
+def decide_together(value: bool) -> bool:
+    """Rank 0's value, on every rank; waits for all ranks."""
+    _, size = rank_and_size()
+    if size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return bool(box[0])
 
 
 def average_gradients(net: nn.Module) -> None:

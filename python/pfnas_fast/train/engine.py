@@ -121,7 +121,7 @@ def fit(
         begin = end
     net.eval()
     _save(net, state, options, run, finished=True)
-    if run is not None:
+    if run is not None and rank_and_size()[0] == 0:
         run.log(
             "stage",
             stage=options.stage,
@@ -229,6 +229,8 @@ def _report_step(
     run: Run | None,
     progress: Progress | None,
 ) -> None:
+    if rank_and_size()[0] != 0:
+        return
     if progress is not None:
         progress(options.stage, state.step, options.num_steps, {"loss": losses["total"]})
     if run is not None and (state.step % _LOG_EVERY_STEPS == 0 or state.step == options.num_steps):

@@ -28,7 +28,7 @@ def make_optimizer(net: nn.Module, *, learning_rate: float, weight_decay: float)
 
 
 def learning_rate_at(step: int, num_steps: int, peak: float) -> float:
-    """Linear warm-up over the first 5 % of the steps, `peak` up to half of them, then a cosine down to 2 % of it."""
+    """Linear warm-up over 5 % of the steps, `peak` up to half of them, then a cosine down to 2 % of it."""
     warmup = max(1, round(_RATE_WARMUP_FRACTION * num_steps))
     if step < warmup:
         return peak * (step + 1) / warmup
