@@ -9,6 +9,8 @@
 #include "bindings/ops.h"
 #include "common/check.h"
 #include "common/isa.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
 
 #include <pybind11/stl.h>
 
@@ -60,11 +62,13 @@ void register_errors() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of pfnas_fast. Use pfnas_fast.ops, not this module.";
   pfnas::register_errors();
+  pfnas::workers_available();  // from now on, a forked child runs serially
   m.def("cpu_isa", [] { return std::string(pfnas::isa_name(pfnas::active_isa())); });
   m.def("compiled_isas", &pfnas::compiled_isa_names);
   m.def("supported_isas", &pfnas::supported_isa_names);
   m.def("force_cpu_isa", &pfnas::set_isa, py::arg("tier").none(true));
   m.def("num_threads", [] { return omp_get_max_threads(); });
+  m.def("poison_thread_scratch", &pfnas::poison_thread_scratch);
   m.attr("cuda_built") = false;
   m.attr("compiler") = __VERSION__;
   pfnas::register_dynamic_depthwise_conv(m);

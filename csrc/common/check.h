@@ -8,25 +8,18 @@
 
 namespace pfnas {
 
-class InputError : public std::invalid_argument {
- public:
+struct InputError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
-class TypeMismatch : public std::invalid_argument {
- public:
+struct TypeMismatch : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
-inline std::string describe(const char* op, const std::string& expected, const char* argument,
-                            const std::string& got) {
-  return std::string(op) + ": expected " + expected + " for " + argument + ", got " + got;
-}
+std::string describe(const char* op, const std::string& expected, const char* argument,
+                     const std::string& got);
 
-[[noreturn]] inline void internal_error(const char* condition, const char* file, int line) {
-  throw std::runtime_error(std::string("pfnas_fast defect: ") + condition + " is false at " + file + ":" +
-                           std::to_string(line));
-}
+[[noreturn]] void internal_error(const char* condition, const char* file, int line);
 
 }  // namespace pfnas
 

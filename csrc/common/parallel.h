@@ -18,7 +18,11 @@ namespace pfnas {
 // saves.
 constexpr double kMinFlopsPerThread = 2e5;
 
-inline unsigned float_mode() {
+// False in a child made by fork(): the workers of libgomp exist in the parent only, and waiting for them
+// would hang. Such a child (a data loader's worker, say) runs every loop on its own thread.
+bool workers_available();
+
+static inline unsigned float_mode() {
 #if defined(__x86_64__)
   return _mm_getcsr();
 #else
@@ -26,7 +30,7 @@ inline unsigned float_mode() {
 #endif
 }
 
-inline void set_float_mode([[maybe_unused]] unsigned mode) {
+static inline void set_float_mode([[maybe_unused]] unsigned mode) {
 #if defined(__x86_64__)
   _mm_setcsr(mode);
 #endif
@@ -39,7 +43,7 @@ inline void set_float_mode([[maybe_unused]] unsigned mode) {
 template <class Body>
 void parallel_for(std::int64_t num_items, double flops, const Body& body) {
   const double wanted = flops / kMinFlopsPerThread;
-  const int limit = omp_in_parallel() ? 1 : omp_get_max_threads();
+  const int limit = omp_in_parallel() || !workers_available() ? 1 : omp_get_max_threads();
   std::int64_t num_threads = num_items < limit ? num_items : limit;
   if (wanted < static_cast<double>(num_threads)) num_threads = static_cast<std::int64_t>(wanted);
   if (num_threads <= 1) {

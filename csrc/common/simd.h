@@ -33,7 +33,8 @@
 #define PFNAS_INLINE inline __attribute__((always_inline))
 // Complete unrolling of a loop with a constant trip count turns the arrays of vectors below into registers.
 #define PFNAS_UNROLL _Pragma("GCC unroll 32")
-// GCC likes to gather the loads of an unrolled loop at its top, and then has to spill the sums it wanted registers for.
+// GCC likes to gather the loads of an unrolled loop at its top, and then has to spill the sums it wanted
+// registers for.
 #define PFNAS_KEEP_ORDER __asm__ volatile("" ::: "memory")
 
 namespace pfnas::PFNAS_TIER {

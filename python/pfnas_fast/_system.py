@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this installation is made of: versions, instruction-set tiers, OpenMP runtimes, CUDA, and what to do next."""
+"""What this installation is made of: versions, CPU tiers, OpenMP runtimes, CUDA, and what to do next."""
 
 import platform
 import re
@@ -28,7 +28,7 @@ def cpu_isa() -> str:
     """Name the instruction-set tier that compiled ops run with.
 
     Returns:
-        "portable", "avx2" or "avx512": the best one that is compiled in and that this CPU runs, or the forced one.
+        "portable", "avx2" or "avx512": the forced one, else the best compiled one that this CPU runs.
 
     Example:
         >>> from pfnas_fast._system import cpu_isa
@@ -120,8 +120,8 @@ def _advice(versions: dict[str, str], openmp: tuple[str, ...], cuda_visible: boo
     advice = [f"pip install {name}" for name, version in versions.items() if version == "missing"]
     if sys.platform == "linux" and len(openmp) > 1:
         advice.append(
-            "Two OpenMP runtimes are loaded, so torch.set_num_threads does not reach every loop: use a torch wheel from"
-            " PyPI (2.13 or newer), or set OMP_NUM_THREADS before starting Python."
+            "Two OpenMP runtimes are loaded, so torch.set_num_threads does not reach every loop: use a torch"
+            " wheel from PyPI (2.13 or newer), or set OMP_NUM_THREADS before starting Python."
         )
     best = _C.supported_isas()[-1]
     if _C.cpu_isa() != best:

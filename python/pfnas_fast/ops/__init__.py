@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled ops, registered with torch as ``torch.ops.pfnas_fast.*``, and their pure-PyTorch twins in `reference`."""
+"""Compiled ops, registered as ``torch.ops.pfnas_fast.*``, and their pure-PyTorch twins in `reference`."""
 
 from pfnas_fast.ops import reference
 from pfnas_fast.ops.dynamic_depthwise_conv import dynamic_depthwise_conv

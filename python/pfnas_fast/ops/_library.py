@@ -7,10 +7,10 @@ try:
     from pfnas_fast import _C
 except ImportError as error:
     raise ImportError(
-        "pfnas_fast: the compiled module pfnas_fast._C cannot be loaded; reinstall with 'pip install .', or build it"
-        f" in place as docs/add_an_op.md says ({error})"
+        "pfnas_fast: the compiled module pfnas_fast._C cannot be loaded; reinstall with 'pip install .',"
+        f" or build it in place as docs/add_an_op.md says ({error})"
     ) from error
 
-__all__ = ["_C", "LIBRARY"]
+__all__ = ["LIBRARY", "_C"]
 
 LIBRARY = torch.library.Library("pfnas_fast", "DEF")

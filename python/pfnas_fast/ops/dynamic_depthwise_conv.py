@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Depthwise convolution with a run-time channel count and kernel size (Once-for-All, arXiv:1908.09791, sec. 3).
+"""Depthwise convolution with a run-time channel count and kernel size (Once-for-All, arXiv:1908.09791).
 
-Call path: `dynamic_depthwise_conv` checks and lays out -> torch.ops.pfnas_fast.dynamic_depthwise_conv -> `_forward`
-allocates y -> _C fills Params, picks the kernel by sizes and CPU tier, runs it without the GIL. Autograd calls
-torch.ops.pfnas_fast.dynamic_depthwise_conv_backward, which computes every wanted gradient in one pass.
+Call path: `dynamic_depthwise_conv` checks and lays out -> torch.ops.pfnas_fast.dynamic_depthwise_conv ->
+`_forward` allocates y -> _C fills Params, picks the kernel by sizes and CPU tier, runs it without the GIL.
+Autograd calls torch.ops.pfnas_fast.dynamic_depthwise_conv_backward: every wanted gradient in one pass.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ from pfnas_fast.ops._library import _C, LIBRARY
 __all__ = ["dynamic_depthwise_conv"]
 
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor? matrix_5, Tensor? matrix_3, int kernel_size, int stride"
+_HALVES = (torch.bfloat16, torch.float16)
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 LIBRARY.define(f"dynamic_depthwise_conv({_ARGUMENTS}) -> Tensor", tags=_TAGS)
 LIBRARY.define(
@@ -38,16 +39,19 @@ def dynamic_depthwise_conv(
     """Convolve each active channel with the filter derived from its largest one.
 
     A smaller filter is a learned linear map of the centre of the next larger one: the 5x5 filter is
-    ``matrix_5 @ vec(centre 5x5 of the 7x7 bank)``, the 3x3 filter ``matrix_3 @ vec(centre 3x3 of the 5x5 filter)``.
-    Padding is ``kernel_size // 2``. Runs on the CPU in float32 (under autocast too); derivatives of first order only.
+    ``matrix_5 @ vec(centre of the bank)``, the 3x3 filter ``matrix_3 @ vec(centre of the 5x5 filter)``.
+    Padding is ``kernel_size // 2``. Runs on the CPU in float32, also under autocast (which casts up).
+    Derivatives are of first order only: differentiating a gradient again raises.
 
     Args:
-        x: Input, [N, C, H, W], float32. C may be less than the bank's. Anything but channels_last memory is copied
-            into channels_last first.
-        weight: Filter bank, [C_max, 1, K_max, K_max], float32, K_max 3, 5 or 7. Only the first C rows get a gradient.
-        matrix_5: Map from 7x7 to 5x5 filters, [25, 25], float32. Needed where K_max is 7 and `kernel_size` is 5 or 3.
-        matrix_3: Map from 5x5 to 3x3 filters, [9, 9], float32. Needed where K_max is 7 or 5 and `kernel_size` is 3.
-            A matrix that is not needed may be given; its gradient stays None.
+        x: Input, [N, C, H, W], float32. C may be less than the bank's. An input that is not channels_last in
+            memory is copied into that layout first (one pass over it, in every call).
+        weight: Filter bank, [C_max, 1, K_max, K_max], float32, K_max 3, 5 or 7. Only its first C rows take
+            part; the gradient of the others is zero.
+        matrix_5: Map from 7x7 to 5x5 filters, [25, 25], float32. Needed where K_max is 7 and `kernel_size`
+            is less. A matrix that is not needed may be given; its gradient stays None.
+        matrix_3: Map from 5x5 to 3x3 filters, [9, 9], float32. Needed where K_max is 7 or 5 and `kernel_size`
+            is 3.
         kernel_size: Active size, 3, 5 or 7, at most K_max.
         stride: 1 or 2.
 
@@ -82,7 +86,7 @@ def _fail(expected: str, argument: str, got: object) -> str:
 def _check_tensor(tensor: Tensor, argument: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(_fail("a torch.Tensor", argument, type(tensor).__name__))
-    if tensor.dtype != torch.float32 and not torch.is_autocast_enabled("cpu"):
+    if tensor.dtype != torch.float32 and not (tensor.dtype in _HALVES and torch.is_autocast_enabled("cpu")):
         raise TypeError(_fail("float32", argument, str(tensor.dtype).removeprefix("torch.")))
     if tensor.device.type not in ("cpu", "meta"):
         raise NotImplementedError(_fail("a CPU tensor", argument, f"one on {tensor.device.type}"))
@@ -205,6 +209,13 @@ def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     return *(gradient if needed and used else None for gradient, needed, used in wanted), None, None
 
 
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError(
+        "dynamic_depthwise_conv: its gradient cannot be differentiated again; that of the twin"
+        " in pfnas_fast.ops.reference can"
+    )
+
+
 def _fake_forward(
     x: Tensor, weight: Tensor, matrix_5: Tensor | None, matrix_3: Tensor | None, kernel_size: int, stride: int
 ) -> Tensor:
@@ -229,6 +240,10 @@ LIBRARY.impl("dynamic_depthwise_conv", _forward, "CPU")
 LIBRARY.impl("dynamic_depthwise_conv_backward", _backward, "CPU")
 torch.library.register_fake("pfnas_fast::dynamic_depthwise_conv", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("pfnas_fast::dynamic_depthwise_conv_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autocast("pfnas_fast::dynamic_depthwise_conv", "cpu", torch.float32, lib=LIBRARY)
 torch.library.register_autograd(
     "pfnas_fast::dynamic_depthwise_conv", _autograd, setup_context=_setup_context, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "pfnas_fast::dynamic_depthwise_conv_backward", _no_second_derivative, lib=LIBRARY
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slow, obvious twins of the compiled ops: pure PyTorch, any device, any floating dtype. The tests' ground truth."""
+"""Slow, obvious twins of the compiled ops: pure PyTorch, any device and dtype. The tests' ground truth."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +16,7 @@ def _centre(weight: Tensor, size: int) -> Tensor:
 def derive_filter(
     weight: Tensor, matrix_5: Tensor | None, matrix_3: Tensor | None, kernel_size: int
 ) -> Tensor:
-    """Derive the active filter from the bank: shrink by 2 and apply the matrix, until `kernel_size` is reached.
+    """Derive the active filter from the bank: shrink by 2 and apply the matrix, until `kernel_size` is left.
 
     Args:
         weight: Filter bank, [C, 1, K_max, K_max].
@@ -49,7 +49,7 @@ def dynamic_depthwise_conv(
     kernel_size: int,
     stride: int = 1,
 ) -> Tensor:
-    """Twin of `pfnas_fast.ops.dynamic_depthwise_conv`; same arguments and result, differentiable any number of times."""
+    """Twin of `pfnas_fast.ops.dynamic_depthwise_conv`: same arguments and result, all derivatives."""
     channels = x.shape[1]  # [N, C, H, W]
     taps = derive_filter(weight[:channels], matrix_5, matrix_3, kernel_size)  # [C, 1, k, k]
     return F.conv2d(x, taps, stride=stride, padding=kernel_size // 2, groups=channels)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compares our kernels with a baseline in one process: ``python benchmarks/compare.py depthwise --json``.
+
+Prints rows of {name, baseline, unit, ours, theirs, ratio_min, ratio_median}: `ours` and `theirs` are minima,
+the ratios are theirs / ours of the minima and of the medians: above 1, ours is better. See README.md.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+
+from harness import Effort, Row, compare, prepare_process
+
+SUITES = {"depthwise": "suite_depthwise"}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suite", choices=sorted(SUITES))
+    parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
+    parser.add_argument("--filter", default="", metavar="TEXT", help="only rows whose name contains TEXT")
+    parser.add_argument("--cpu", type=int, help="logical CPU to pin to (default: the last one)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of both sides (default: 1, pinned)")
+    parser.add_argument(
+        "--seconds", type=float, default=1.5, help="time spent on a row, at least (default: 1.5)"
+    )
+    parser.add_argument(
+        "--blocks", type=int, default=5, help="blocks of 5 calls on a row, at least (default: 5)"
+    )
+    parser.add_argument("--isa", help="force an instruction-set tier of ours")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    prepare_process(arguments.cpu, threads=arguments.threads)
+    suite = importlib.import_module(SUITES[arguments.suite])  # imports torch, so only now
+    if arguments.isa:
+        from pfnas_fast._system import force_cpu_isa
+
+        force_cpu_isa(arguments.isa)
+    effort = Effort(min_blocks=arguments.blocks, seconds=arguments.seconds)
+    rows: list[Row] = []
+    for name, build in suite.comparisons():
+        if arguments.filter not in name:
+            continue
+        row = compare(build(), effort)
+        rows.append(row)
+        if not arguments.json:
+            print(
+                f"{row.name:36} {row.ours:9.3f} {row.theirs:9.3f} {row.unit}   x{row.ratio_min:.2f} (min)"
+                f"  x{row.ratio_median:.2f} (median)  vs {row.baseline}",
+                flush=True,
+            )
+    if not rows:
+        print(f"compare: no row of {arguments.suite} contains {arguments.filter!r}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        print(json.dumps([row.to_dict() for row in rows], indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

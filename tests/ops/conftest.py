@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the op tests: every compiled tier of this machine, and scratch memory that starts as NaN."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pfnas_fast import _C
+from pfnas_fast._system import force_cpu_isa, supported_cpu_isas
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def tier(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per instruction-set tier; skips those that this CPU cannot run."""
+    if request.param not in supported_cpu_isas():
+        pytest.skip(f"this CPU (or this build) does not run the {request.param} tier")
+    force_cpu_isa(request.param)
+    yield request.param
+    force_cpu_isa(None)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_scratch() -> None:
+    """A kernel that reads scratch memory it has not written sees NaN, not the zeros of a fresh page."""
+    _C.poison_thread_scratch()
+
+
+@pytest.fixture
+def num_threads() -> Iterator[None]:
+    """Restores torch's number of threads after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
