@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pfnas_fast.data import DetectionDataset
 from PIL import Image
+
+from pfnas_fast.data import DetectionDataset
 
 
 class Found(NamedTuple):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from pfnas_fast.data import Augmentation, ClassificationAugmentation, Target
 from pfnas_fast.data.augment import augment_classification, augment_detection, vary_colour
 from pfnas_fast.errors import InputError

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_helpers import coco_json, write_split
+
 from pfnas_fast.data import load_detection
 from pfnas_fast.data.coco import read_coco
 from pfnas_fast.errors import InputError

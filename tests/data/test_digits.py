@@ -8,6 +8,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+
 from pfnas_fast.data import load_classification, load_detection
 from pfnas_fast.data.digits import digit_instances, digit_scenes
 

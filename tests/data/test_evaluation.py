@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import Found, nothing, perturbed
+
 from pfnas_fast.data import (
     METRIC_NAMES,
     DetectionDataset,

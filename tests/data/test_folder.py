@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from pfnas_fast.data import load_classification
 from pfnas_fast.errors import InputError
-from PIL import Image
 
 
 def fill(folder: Path, **counts: int) -> Path:

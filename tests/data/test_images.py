@@ -9,6 +9,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from pfnas_fast.data import (
     EvalImages,
     Target,
@@ -20,7 +22,6 @@ from pfnas_fast.data import (
     resize_batch,
 )
 from pfnas_fast.errors import InputError
-from PIL import Image
 
 
 def test_truncated_jpeg_is_refused_by_name(shared_data):

@@ -7,6 +7,7 @@ import json
 
 import pytest
 from data_helpers import coco_json, write_split
+
 from pfnas_fast.data import (
     EvalImages,
     Roles,

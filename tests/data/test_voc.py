@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from pfnas_fast.data import load_detection
 from pfnas_fast.data.voc import VOC_CLASSES
 from pfnas_fast.errors import InputError
-from PIL import Image
 
 
 def add_image(

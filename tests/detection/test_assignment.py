@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pfnas_fast.data import Target
 from pfnas_fast.detection import BACKGROUND, IGNORED, assign_targets, make_grid, size_ranges
 from pfnas_fast.errors import InputError

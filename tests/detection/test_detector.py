@@ -7,12 +7,13 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from pfnas_fast.data import letterbox, normalize
 from pfnas_fast.detection import DenseScores, DetectionSupernet, Detector, postprocess
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import load_space, uniform_population
 from pfnas_fast.supernet import BNStatistics, ClassificationSupernet, recalibrate, use_statistics
-from torch import nn
 
 SPACE = load_space("tiny")
 NAMES = ("RBC", "WBC", "Platelets")

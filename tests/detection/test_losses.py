@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from pfnas_fast.data import Target
 from pfnas_fast.detection import DetectorOutput, assign_targets, detection_loss, distillation_loss, make_grid
 from pfnas_fast.errors import InputError

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from pfnas_fast.detection import Detection, DetectorOutput, make_grid, postprocess
 from pfnas_fast.errors import InputError
 

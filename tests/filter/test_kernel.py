@@ -4,10 +4,11 @@
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import approx_fprime
+
 from pfnas_fast.filter import kernel
 from pfnas_fast.filter.encoding import GeneEncoding
 from pfnas_fast.filter.kernel import KernelModel, KernelScorer, fit_kernel
-from scipy.optimize import approx_fprime
 
 SIZES = [3, 2, 4, 1]
 

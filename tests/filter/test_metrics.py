@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import kendalltau
+
 from pfnas_fast.errors import InputError
 from pfnas_fast.filter.metrics import (
     cost_bins,
@@ -14,7 +16,6 @@ from pfnas_fast.filter.metrics import (
     tau_within_groups,
     top_k_recall,
 )
-from scipy.stats import kendalltau
 
 
 def tau_of(*arguments, **settings) -> Any:

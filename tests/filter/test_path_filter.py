@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
+
 from pfnas_fast.errors import InputError
 from pfnas_fast.filter import PathFilter, RankerConfig
 from pfnas_fast.filter.encoding import GeneEncoding

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from pfnas_fast.errors import InputError
 from pfnas_fast.filter import PathFilter
 from pfnas_fast.filter.report import choose_label, filter_report, held_out_scores

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from pfnas_fast.errors import InputError
 from pfnas_fast.filter import Balanced, BestUp, BudgetThresholds, Filtered, RandomPrune, Uniform
 from pfnas_fast.space import CostModel, load_space

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from pfnas_fast.errors import InputError
 from pfnas_fast.search import EvolutionConfig, search_candidates
 from pfnas_fast.search.genes import GeneOperators, unique_rows

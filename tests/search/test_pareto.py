@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pfnas_fast.errors import InputError
 from pfnas_fast.search import hypervolume, macs_saved_at_equal_ap, pareto_front
 

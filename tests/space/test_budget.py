@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from scipy import stats
+
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import AdditiveCost, BudgetSampler, CostModel, Space, load_space, preset_names
-from scipy import stats
 
 
 def float_cost(space: Space) -> AdditiveCost:

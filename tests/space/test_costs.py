@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import CostModel, Space, load_space, preset_names, uniform_population
 

@@ -5,6 +5,7 @@ from pathlib import Path as FilePath
 
 import pytest
 import yaml
+
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import Space, load_space, preset_names
 

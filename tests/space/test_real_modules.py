@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
 from pfnas_fast.detection import DetectionSupernet
 from pfnas_fast.space import CostModel, Path, Space, load_space, preset_names, uniform_population
 from pfnas_fast.supernet import Backbone, ClassificationSupernet
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 NUM_RANDOM_PATHS = {"tiny": 6, "ofa_mbv3_w1.0": 2, "small": 4}
 

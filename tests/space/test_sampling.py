@@ -6,9 +6,10 @@ import importlib
 
 import numpy as np
 import pytest
+from scipy import stats
+
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import Space, load_space, preset_names, uniform_population
-from scipy import stats
 
 
 def test_genes_are_uniform() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import Path, Space, load_space, make_divisible, preset_names, se_channels
 

@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 import torch
+
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import load_space
 from pfnas_fast.supernet import ClassificationSupernet

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import Path, Space, load_space, uniform_population
 from pfnas_fast.supernet import Backbone, ClassificationSupernet, recalibrate, use_statistics

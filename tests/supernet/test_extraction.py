@@ -4,6 +4,8 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import Space, load_space, uniform_population
 from pfnas_fast.supernet import (
@@ -16,7 +18,6 @@ from pfnas_fast.supernet import (
     recalibrate,
     use_statistics,
 )
-from torch import nn
 
 
 @pytest.fixture(scope="module", params=["reference", "fast"])

@@ -4,6 +4,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import load_space
 from pfnas_fast.supernet import (
@@ -15,7 +17,6 @@ from pfnas_fast.supernet import (
     DynamicSE,
 )
 from pfnas_fast.supernet.layers import activate, pixel_mean
-from torch import nn
 
 
 @pytest.fixture(autouse=True)

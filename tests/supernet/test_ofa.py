@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import load_space
 from pfnas_fast.supernet import (

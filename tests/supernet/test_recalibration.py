@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import load_space, uniform_population
 from pfnas_fast.supernet import (
@@ -19,7 +21,6 @@ from pfnas_fast.supernet import (
     set_running_statistics,
     use_statistics,
 )
-from torch import Tensor, nn
 
 
 @pytest.fixture

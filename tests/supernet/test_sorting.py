@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import load_space, se_channels
 from pfnas_fast.supernet import ClassificationSupernet

@@ -286,7 +286,7 @@ def _paint(
     alpha: np.ndarray,
     keep_clear: list[tuple[float, ...]],
 ) -> None:
-    """Blend a glyph in, `contrast` brighter than its ground (chalk on a board), unless it hits a `keep_clear` box."""
+    """Blend a glyph in, brighter than its ground (chalk on a board), unless it hits a `keep_clear` box."""
     box = (glyph.x, glyph.y, glyph.x + glyph.size, glyph.y + glyph.size)
     noise = rng.normal(size=3) * 22
     if any(_overlap(box, other) > 0.1 for other in keep_clear):

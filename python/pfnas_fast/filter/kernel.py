@@ -21,8 +21,8 @@ _NUM_GLOBAL = 8
 # genes and budget in the interactions; length scale and variance of the budget's own curve; noise variance.
 _PRIOR_MEAN = np.log([1.0, 1.0, 0.5, 3.0, 2.0, 1.0, 0.1, 0.1])
 _PRIOR_SD = np.array([2.0, 2.0, 2.0, 0.7, 1.0, 0.7, 2.0, 1.0])
-_GROUP_SD = 0.5  # how far a gene's relevance may stray from the common one, in log units
-_COLUMN_SD = 0.4  # and a single choice's from its gene's
+_GROUP_SD = 0.65  # how far a gene's relevance may stray from the common one, in log units
+_COLUMN_SD = 0.55  # and a single choice's from its gene's
 _JITTER = 1e-6
 
 

@@ -16,7 +16,7 @@ from pfnas_fast.filter.network import RankerEnsemble
 __all__ = ["RankerConfig", "train_ensemble"]
 
 # Above this many labelled paths a step sees a random subset: the pairs grow with the square.
-_MAX_PATHS_PER_STEP = 512
+_MAX_PATHS_PER_STEP = 256
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class RankerConfig:
         input_scale: Factor on all inputs: smaller = smoother.
     """
 
-    hidden: tuple[int, int] = (64, 32)
-    num_steps: int = 200
+    hidden: tuple[int, int] = (64, 64)
+    num_steps: int = 300
     learning_rate: float = 5e-3
     weight_decay: float = 1e-2
     skip_decay: float = 1e-2
-    dropout: float = 0.2
+    dropout: float = 0.3
     regression: float = 0.0
     bagging: float = 1.0
     softness: float = 0.3
-    input_scale: float = 0.3
+    input_scale: float = 0.5
 
 
 def _member_masks(num_members: int, n: int, fraction: float, generator: torch.Generator) -> Tensor | None:
