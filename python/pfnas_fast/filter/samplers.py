@@ -18,6 +18,7 @@ __all__ = ["Balanced", "BestUp", "Filtered", "RandomPrune", "Sampler", "Uniform"
 
 _STEP_STREAM = 0x5A3
 _STEPS_PER_BLOCK = 64
+_MAX_BLOCKS = 4  # kept at once: callers that draw again go back and forth between a few seeds
 _MIN_POOL = 512  # paths BestUp compares at once, so that neighbours in MACs are within about 2 %
 _MAX_ROUNDS = 64  # of draws until every slot is filled; a space that accepts 1 in 100 still needs only two
 
@@ -48,8 +49,7 @@ class _Base:
         self.space = space
         self.cost: Any = None
         self._budgets: Any = None
-        self._block = np.zeros((0, space.num_slots), np.uint8)
-        self._block_key: tuple[int, int, int] | None = None
+        self._blocks: dict[tuple[int, int, int], np.ndarray] = {}
 
     def bind(self: Self, cost: Any) -> Self:
         """Prepare for one cost model.
@@ -70,7 +70,7 @@ class _Base:
             )
         if self.cost is not cost:
             self.cost = cost
-            self._block_key = None
+            self._blocks = {}
             self._prepare()
         return self
 
@@ -112,12 +112,14 @@ class _Base:
         """
         block = step // _STEPS_PER_BLOCK
         key = (seed, block, n)
-        if self._block_key != key:
+        if key not in self._blocks:
             rng = np.random.default_rng([seed, _STEP_STREAM, block, n])
             steps = np.repeat(block * _STEPS_PER_BLOCK + np.arange(_STEPS_PER_BLOCK), n)
-            self._block, self._block_key = self._sample_steps(rng, steps), key
+            if len(self._blocks) >= _MAX_BLOCKS:
+                del self._blocks[next(iter(self._blocks))]  # the oldest
+            self._blocks[key] = self._sample_steps(rng, steps)
         first = (step - block * _STEPS_PER_BLOCK) * n
-        return self._block[first : first + n].copy()
+        return self._blocks[key][first : first + n].copy()
 
     def _sample_steps(self, rng: np.random.Generator, steps: np.ndarray) -> np.ndarray:
         """One path for each entry of `steps` (int64 [n], the step that will train it)."""
@@ -247,7 +249,7 @@ class Filtered(_Rejecting):
         self._require_bound()
         old = self.thresholds
         self.flt = flt
-        self._block_key = None
+        self._blocks = {}
         self._prepare()
         if old is None or self.thresholds is None:
             raise RuntimeError("Filtered: bound without thresholds")
