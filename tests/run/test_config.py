@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+from pathlib import Path
+
 import pytest
 
 from pfnas_fast.errors import InputError
 from pfnas_fast.run import RunConfig, load_config, make_config
-from pfnas_fast.run.config import recipe_names
+from pfnas_fast.run.config import SEARCH_SETTINGS, recipe_names
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
@@ -33,6 +36,12 @@ def test_later_settings_win() -> None:
         ("sampler=best", "for sampler, got 'best'"),
         ("learning_rate=-1", "positive number for learning_rate"),
         ("epsilon=2", "for epsilon, got 2.0"),
+        ("keep=", "expected float for keep, got None"),
+        ("keep=true", "expected float for keep, got True"),
+        ("seed=-1", "at least 0 for seed, got -1"),
+        ("batch_size=1", "at least 2 for batch_size, got 1"),
+        ("labels_per_bin=1", r"at least 10 for num_bins x labels_per_bin .* got 8 x 1"),
+        ("data=[a", r"expected YAML in --set data, got '\[a'"),
     ],
 )
 def test_mistakes_are_named(assignment: str, message: str) -> None:
@@ -47,11 +56,28 @@ def test_unknown_recipe_and_preset() -> None:
         make_config(preset="bignas")
 
 
+def test_recipe_files(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train_steps: 7")
+    assert make_config(recipe=str(file)).train_steps == 7
+    file.write_text("train_steps: [7")
+    with pytest.raises(InputError, match="expected YAML in recipe") as caught:
+        make_config(recipe=str(file))
+    assert "\n" not in str(caught.value)
+    file.write_text("- 7")
+    with pytest.raises(InputError, match=r"expected a mapping of settings in recipe .* got list"):
+        make_config(recipe=str(file))
+
+
+def test_search_settings_are_settings() -> None:
+    assert set(SEARCH_SETTINGS) < {field.name for field in dataclasses.fields(RunConfig)}
+
+
 def test_scientific_notation_is_a_number() -> None:
     assert make_config(assignments=["learning_rate=1e-3"]).learning_rate == 1e-3
 
 
-def test_round_trip(tmp_path) -> None:
+def test_round_trip(tmp_path: Path) -> None:
     from pfnas_fast.run import Run
 
     config = make_config(recipe="demo", assignments=["max_macs_m=20"])

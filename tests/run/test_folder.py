@@ -8,15 +8,20 @@ from pfnas_fast.errors import InputError
 from pfnas_fast.run import Run, make_config
 
 
+def _write_half(file: Path) -> None:
+    file.write_text("half")
+    raise KeyError("stopped half way")
+
+
 def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.write_json("a.json", [1])
     with pytest.raises(TypeError, match="not JSON serializable"):
         run.write_json("a.json", [2, object()])
     with pytest.raises(KeyError), run.atomic("a.json") as temporary:
-        (temporary.write_text("half"), {}["absent"])
+        _write_half(temporary)
     assert run.read_json("a.json") == [1]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "checkpoints"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "checkpoints", "run.json"]
 
 
 def test_checkpoints_hold_no_code(tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from pfnas_fast.data import check_images, voc_ap50
+from pfnas_fast.errors import InputError
 from pfnas_fast.filter import BudgetThresholds, PathFilter
 from pfnas_fast.report.draw import draw_detections
 from pfnas_fast.report.plots import plot_front
@@ -18,10 +21,7 @@ from pfnas_fast.space import BudgetSampler, CostModel, Path
 from pfnas_fast.train import Labels, PathEvaluator, label_paths
 from pfnas_fast.train.engine import stream_id
 
-_RANDOM_WINDOW = (
-    0.93,
-    1.0,
-)  # a random path counts as "of the same budget" within 7 % below the searched path's MACs
+_RANDOM_WINDOW = (0.98, 1.02)  # random paths "of the same budget" have the searched path's MACs to 2 %
 
 
 def search_budgets_m(
@@ -30,8 +30,12 @@ def search_budgets_m(
     """Budgets evenly spaced in log MACs, from the cheapest path to the dearest (or `max_macs_m`)."""
     low, high = cost.range_m(resolution)
     if max_macs_m is not None:
-        cost.check_budget_m(max_macs_m, argument="max_macs_m")
-        high = max(low, min(high, max_macs_m))
+        if not low <= max_macs_m:
+            raise InputError(
+                f"search: expected a budget from {low:.4g} to {high:.4g} M MACs for max_macs_m, "
+                f"got {max_macs_m:g}"
+            )
+        high = min(high, max_macs_m)
     budgets = np.exp(np.linspace(np.log(low), np.log(high), num_budgets))
     return [low, *(float(value) for value in budgets[1:-1]), high] if num_budgets > 1 else [high]
 
@@ -66,8 +70,8 @@ def run_search(job: Job) -> None:
         run=run,
         progress=job.progress,
     )
-    for member in front:
-        with run.atomic(f"best/{model_name(member.macs_m)}") as temporary:
+    for member, name in zip(front, model_names([member.macs_m for member in front]), strict=True):
+        with run.atomic(f"best/{name}") as temporary:
             member.export().save(temporary)
     run.write_json(
         "search.json", {"budgets_m": budgets, "candidates": front.num_candidates, "macs_t": front.macs_t}
@@ -99,9 +103,13 @@ def search_filter(job: Job) -> PathFilter:
     )
 
 
-def model_name(macs_m: float) -> str:
-    """File name of an exported detector."""
-    return f"{macs_m:.2f}m.pt"
+def model_names(macs_m: Sequence[float]) -> list[str]:
+    """File names of exported detectors: MACs with as many decimals (two at least) as keep them apart."""
+    for decimals in range(2, 7):
+        names = [f"{value:.{decimals}f}m.pt" for value in macs_m]
+        if len(set(names)) == len(names):
+            return names
+    raise RuntimeError(f"model_names: members of a front with the same MACs: {macs_m}")
 
 
 def run_report(job: Job) -> None:
@@ -112,6 +120,7 @@ def run_report(job: Job) -> None:
     net = job.load_net("train")
     front = [job.space.path_from_json(entry["path"]) for entry in entries]
     on_test = _measure(job, net, front, "front_test")
+    names = model_names([entry["macs_m"] for entry in entries])
     report: dict[str, Any] = {
         "config": {
             "space": config.space,
@@ -123,7 +132,7 @@ def run_report(job: Job) -> None:
         "front": [
             {
                 **entry,
-                "model": f"best/{model_name(entry['macs_m'])}",
+                "model": f"best/{names[i]}",
                 "ap_test": on_test.values["ap"][i],
                 "ap50_test": on_test.values["ap50"][i],
             }
@@ -136,12 +145,13 @@ def run_report(job: Job) -> None:
     on_random = _measure(job, net, [path for group in random.values() for path in group], "random_test")
     report["against_random"] = _against_random(front, on_test, random, on_random)
     report["spans"] = _spans(front, job.cost)
-    report["macs_ap_correlation"] = _correlations(job, on_random)
+    report["macs_ap_correlation"] = _correlations(job)
     report["filter_used"] = run.read_json("filter/report.json")["filter_used"]
     report["compute"] = compute_ledger(job)
     if config.finetune_steps:
         report["finetuned"] = finetune_front(job, net, front)
-    plot_front(run.path("pareto.png"), {run.folder.name: report})
+    with run.atomic("pareto.png") as temporary:
+        plot_front(temporary, {run.folder.name: report})
     _draw(job, net, front)
     run.write_json("report.json", report)
 
@@ -160,25 +170,33 @@ def _measure(job: Job, net: Any, paths: list[Path], stage: str) -> Labels:
 
 
 def _random_paths(job: Job, front: list[Path]) -> dict[int, list[Path]]:
-    """For evenly spaced members of the front: random paths (gene measure) of their budget; index in front ->
-    paths."""
-    chosen = np.unique(
-        np.round(np.linspace(0, len(front) - 1, max(3, job.config.report_budgets) + 2)[1:-1]).astype(int)
-    )
-    if len(front) <= 3:
-        chosen = np.arange(len(front))
+    """Random paths (gene measure) at the MACs of three or more members of the front: index in front -> paths.
+
+    They are drawn at the resolutions that the search could use. A member that has its budget to itself (the
+    cheapest path, say) has nothing to be compared with and is passed over.
+    """
+    wanted = max(3, job.config.report_budgets)
     sampler = BudgetSampler(job.cost)
     rng = np.random.default_rng([job.config.seed, stream_id("random_test")])
-    groups = {}
-    for index in chosen.tolist():
-        macs_m = job.cost.path_macs_m(front[index])
+    groups: dict[int, list[Path]] = {}
+    for index, path in enumerate(front):
+        macs_m = job.cost.path_macs_m(path)
         low, high = macs_m * _RANDOM_WINDOW[0], macs_m * _RANDOM_WINDOW[1]
-        if not sampler.feasible(low, high):
+        feasible = sampler.feasible(low, high)
+        if job.config.search_resolution is not None:
+            feasible = [value for value in feasible if value == job.config.search_resolution]
+        if not feasible:
             continue
-        resolutions = rng.choice(sampler.feasible(low, high), job.config.random_paths)
+        resolutions = rng.choice(feasible, job.config.random_paths)
         populations = [sampler.sample(rng, 1, low, high, int(resolution)) for resolution in resolutions]
-        groups[index] = job.space.decode(np.concatenate(populations))
-    return groups
+        drawn = job.space.decode(np.concatenate(populations))
+        if len(set(drawn)) > 1:
+            groups[index] = drawn
+    places = np.unique(np.round(np.linspace(0, len(groups) - 1, wanted + 2)[1:-1]).astype(int))
+    if len(groups) <= wanted + 1:
+        places = np.arange(len(groups))[-wanted:]
+    indices = list(groups)
+    return {indices[place]: groups[indices[place]] for place in places.tolist()}
 
 
 def _against_random(
@@ -216,40 +234,55 @@ def _spans(front: list[Path], cost: CostModel) -> dict[str, dict[str, float]]:
     return spans
 
 
-def _correlations(job: Job, on_random: Labels) -> dict[str, dict[str, float]]:
-    """Pearson and Kendall correlation of log MACs with AP over every path measured on the same images."""
+def _correlations(job: Job) -> dict[str, dict[str, float]]:
+    """Pearson and Kendall correlation of log MACs with AP over every path measured, by set of images."""
     from scipy import stats
 
-    sets = {"label": measure_labels(job), "random_test": on_random}
     result = {}
-    for name, labels in sets.items():
-        if len(labels.paths) < 3 or np.ptp(labels.ap) == 0:
+    for name in ("labels", "relabels", "candidates", "front_test", "random_test"):
+        rows = _read_measured(job, name)
+        ap, macs_m = np.array([row["ap"] for row in rows]), np.array([row["macs_m"] for row in rows])
+        if len(rows) < 3 or np.ptp(ap) == 0:
             continue
-        log_macs = np.log(labels.macs_m)
-        pearson, kendall = stats.pearsonr(log_macs, labels.ap), stats.kendalltau(log_macs, labels.ap)
-        result[name] = {
-            "num": len(labels.paths),
-            "pearson": float(pearson.statistic),
-            "kendall": float(kendall.statistic),
-        }
+        pearson, kendall = stats.pearsonr(np.log(macs_m), ap), stats.kendalltau(macs_m, ap)
+        result[name] = {"num": len(rows), "pearson": float(pearson[0]), "kendall": float(kendall[0])}
     return result
 
 
+def _read_measured(job: Job, stage: str) -> list[dict[str, float]]:
+    """MACs and AP of every path in `<stage>.csv`; none if there is no such file."""
+    file = job.run.path(f"{stage}.csv")
+    if not file.exists():
+        return []
+    rows = csv.DictReader(file.read_text().splitlines())
+    return [{key: float(row[key]) for key in ("macs_m", "ap")} for row in rows]
+
+
 def compute_ledger(job: Job) -> dict[str, dict[str, float]]:
-    """MACs executed (10^12) and seconds per stage, distillation, labelling and recalibration included."""
+    """What the run spent until its search ended: MACs executed (10^12) and seconds.
+
+    Distillation, labelling and recalibration are included. Seconds of an attempt that was killed count as far
+    as its last checkpoint or measured path.
+    """
     ledger: dict[str, dict[str, float]] = {}
     for stage in ("pretrain", "warmup", "train"):
         if job.run.has_checkpoint(stage):
             state = job.run.load(stage)
             ledger[stage] = {"macs_t": float(state["macs_t"]), "seconds": float(state["seconds"])}
-    seconds: dict[str, dict[int, float]] = {}
+    measured: dict[str, dict[int, float]] = {}
     for line in job.run.read_log("measured"):
-        seconds.setdefault(line["stage"], {})[line["index"]] = line["seconds"]
+        measured.setdefault(line["stage"], {})[line["index"]] = line["seconds"]
     sets = {"labels": measure_labels(job).macs_t, "candidates": job.run.read_json("search.json")["macs_t"]}
     if job.config.uses_filter:
         sets["relabels"] = measure_drift(job).macs_t
     for stage, macs_t in sets.items():
-        ledger[stage] = {"macs_t": macs_t, "seconds": sum(seconds.get(stage, {}).values())}
+        ledger[stage] = {"macs_t": macs_t, "seconds": sum(measured.get(stage, {}).values())}
+    done = {line["stage"]: line["seconds"] for line in job.run.read_log("stage_done")}
+    for stage in ("filter", "prune"):
+        if stage in done:
+            ledger[stage] = {"macs_t": 0.0, "seconds": done[stage]}
+    evolution = max(0.0, done.get("search", 0.0) - ledger["candidates"]["seconds"])
+    ledger["search"] = {"macs_t": 0.0, "seconds": evolution}
     total = {key: sum(entry[key] for entry in ledger.values()) for key in ("macs_t", "seconds")}
     return {**ledger, "total": total}
 
@@ -269,4 +302,5 @@ def _draw(job: Job, net: Any, front: list[Path]) -> None:
     chosen = {"small": front[0], "middle": front[len(front) // 2], "large": front[-1]}
     for name, path in chosen.items():
         detections, _ = evaluator.detect(path)
-        draw_detections(job.run.path(f"detections/{name}.png"), subset, detections)
+        with job.run.atomic(f"detections/{name}.png") as temporary:
+            draw_detections(temporary, subset, detections)

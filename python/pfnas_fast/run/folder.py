@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -15,10 +16,19 @@ import torch
 import yaml
 
 from pfnas_fast.errors import InputError
-from pfnas_fast.run.config import RunConfig, load_config
+from pfnas_fast.run.config import SEARCH_SETTINGS, RunConfig, load_config
 
 # Settings that change neither the result nor its meaning, so a resumed run may change them.
 _FREE_SETTINGS = ("device", "num_workers", "checkpoint_every")
+# What a search with other settings writes anew; the trained supernet and its labels stay.
+_SEARCH_OUTPUTS = (
+    "candidates.csv",
+    "search.json",
+    "pareto.json",
+    "report.json",
+    "front_test.csv",
+    "random_test.csv",
+)
 
 
 class Run:
@@ -47,8 +57,12 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"Run: expected a folder for out, got the file {str(folder)!r}")
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self._names: dict[str, int] = {}
+        self._remove_leftovers()
         if config is not None:
             self._agree_with_config(config)
+        else:
+            self._agree_with_seed()
 
     @classmethod
     def open(cls, folder: str | FilePath) -> Run:
@@ -67,11 +81,20 @@ class Run:
     def has(self, name: str) -> bool:
         return (self.folder / name).exists()
 
+    def next_name(self, base: str) -> str:
+        """A stage name for an unnamed call: base, base-2, base-3, ... in the order of calls."""
+        self._names[base] = self._names.get(base, 0) + 1
+        return base if self._names[base] == 1 else f"{base}-{self._names[base]}"
+
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to `log.jsonl`."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
-        with self.path("log.jsonl").open("a") as file:
-            file.write(line + "\n")
+        line = json.dumps(_finite({"time": round(time.time(), 3), "event": event, **fields}), allow_nan=False)
+        with self.path("log.jsonl").open("ab+") as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a kill cut the last line short
+                    file.write(b"\n")
+            file.write(line.encode() + b"\n")
 
     def read_log(self, event: str | None = None) -> list[dict[str, Any]]:
         """Lines of `log.jsonl`, oldest first; a line that a kill cut short is passed over."""
@@ -87,8 +110,10 @@ class Run:
         return lines
 
     def write_json(self, name: str, value: Any) -> None:
+        """Write JSON; numbers that JSON does not know (NaN, infinity) become null."""
+        text = json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
         with self.atomic(name) as temporary:
-            temporary.write_text(json.dumps(value, indent=1) + "\n")
+            temporary.write_text(text)
 
     def read_json(self, name: str) -> Any:
         return json.loads(self.require(name).read_text())
@@ -129,19 +154,55 @@ class Run:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def _remove_leftovers(self) -> None:
+        """Temporary files of processes that were killed while they wrote."""
+        for file in (*self.folder.glob(".*.*.*"), *self.folder.glob("*/.*.*.*")):
+            pid = file.name.split(".")[-2]
+            if pid.isdigit() and not FilePath(f"/proc/{pid}").exists():
+                file.unlink(missing_ok=True)
+
+    def _agree_with_seed(self) -> None:
+        if self.has("config.yaml"):
+            stored = load_config(self.folder / "config.yaml").seed
+        elif self.has("run.json"):
+            stored = self.read_json("run.json")["seed"]
+        else:
+            self.write_json("run.json", {"seed": self.seed})
+            return
+        if stored != self.seed:
+            raise InputError(
+                f"Run: expected seed={stored!r} (the run in {self.folder} was started with it), "
+                f"got {self.seed!r}"
+            )
+
     def _agree_with_config(self, config: RunConfig) -> None:
         file = self.folder / "config.yaml"
         if file.exists():
             old = load_config(file).to_dict()
-            for key, value in config.to_dict().items():
-                if old[key] != value and key not in _FREE_SETTINGS:
+            changed = [key for key, value in config.to_dict().items() if old[key] != value]
+            for key in changed:
+                value = config.to_dict()[key]
+                if key not in _FREE_SETTINGS and key not in SEARCH_SETTINGS:
                     raise InputError(
                         f"Run: expected {key}={old[key]!r} (the run in {self.folder} was started with it), "
                         f"got {value!r}; choose another --out for another run"
                     )
-            return
+            if not changed:
+                return
+            if any(key in SEARCH_SETTINGS for key in changed):
+                for name in _SEARCH_OUTPUTS:
+                    (self.folder / name).unlink(missing_ok=True)
         with self.atomic("config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+
+def _finite(value: Any) -> Any:
+    """The same JSON data with null in place of NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 PRODUCERS = {

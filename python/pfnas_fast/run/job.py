@@ -14,6 +14,8 @@ candidates are the same for all.
 from __future__ import annotations
 
 import functools
+import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -62,7 +64,9 @@ class Job:
 
     @functools.cached_property
     def space(self) -> Space:
-        return load_space(self.config.space)
+        space = load_space(self.config.space)
+        self._agree("space.json", space.to_dict(), "the search space")
+        return space
 
     @functools.cached_property
     def data(self) -> DetectionData:
@@ -70,9 +74,20 @@ class Job:
         data = load_detection(
             self.config.data, roles=roles, seed=self.config.seed, fraction=self.config.train_fraction
         )
-        if not self.run.has("splits.json") and rank_and_size()[0] == 0:
-            self.run.write_json("splits.json", data.splits())
+        self._agree("splits.json", data.splits(), "the images in data")
         return data
+
+    def _agree(self, name: str, content: Any, what: str) -> None:
+        """Write `name` once; a run must not go on with another content."""
+        content = json.loads(json.dumps(content))
+        if self.run.has(name):
+            if self.run.read_json(name) != content:
+                raise InputError(
+                    f"expected {what} of {self.run.folder / name} (the run was started with it), "
+                    "got another; choose another --out for another run"
+                )
+        elif rank_and_size()[0] == 0:
+            self.run.write_json(name, content)
 
     @functools.cached_property
     def pretrain_data(self) -> ClassificationData:
@@ -93,19 +108,19 @@ class Job:
 
     def load_net(self, checkpoint: str) -> DetectionSupernet:
         """The supernet as stage `checkpoint` left it, in eval mode."""
-        state = self.run.load(checkpoint)
-        if not state.get("finished", True):
-            raise InputError(
-                f"expected a finished stage {checkpoint!r} in {self.run.folder}, got step {state['step']}"
-            )
         net = self.new_net()
-        net.load_state_dict(state["model"])
+        net.load_state_dict(self.load_finished(checkpoint)["model"])
         return net.eval()
 
-    @property
-    def trained(self) -> str:
-        """Name of the checkpoint that search and report use."""
-        return "train"
+    def load_finished(self, checkpoint: str) -> dict[str, Any]:
+        """A checkpoint of a stage that came to its end."""
+        state = self.run.load(checkpoint)
+        if not state["finished"]:
+            raise InputError(
+                f"expected a finished stage {checkpoint!r} in {self.run.folder}, got step {state['step']}; "
+                f"run `pfnas {checkpoint} --out {self.run.folder}` first"
+            )
+        return state
 
     def load_filter(self) -> PathFilter:
         flt = PathFilter(
@@ -124,8 +139,12 @@ class Job:
     @property
     def labels_per_bin(self) -> int:
         """Filtered runs label again after training (a quarter more); the others get that quarter at once."""
-        extra = 0 if self.config.uses_filter else max(1, self.config.labels_per_bin // 4)
-        return self.config.labels_per_bin + extra
+        return self.config.labels_per_bin + (0 if self.config.uses_filter else self.relabels_per_bin)
+
+    @property
+    def relabels_per_bin(self) -> int:
+        """A quarter of the labels, and at least two per bin: one path has nothing to be ranked against."""
+        return max(2, self.config.labels_per_bin // 4)
 
     def augmentation(self) -> Augmentation:
         return Augmentation(
@@ -179,7 +198,7 @@ def run_transfer(job: Job) -> None:
     """S1: put the pre-trained backbone under a fresh neck and head."""
     net = job.new_net()
     if job.config.pretrain:
-        net.load_backbone(job.run.load("pretrain")["model"])
+        net.load_backbone(job.load_finished("pretrain")["model"])
     job.run.save("transfer", {"model": net.state_dict(), "finished": True})
 
 
@@ -209,6 +228,7 @@ def measure_labels(job: Job) -> Labels:
         num_bins=job.config.num_bins,
         calib=job.data.calib,
         run=job.run,
+        stage="labels",
         progress=job.progress,
     )
 
@@ -236,7 +256,6 @@ def run_filter(job: Job) -> None:
     report["filter_used"] = bool(job.config.uses_filter and (report["use_filter"] or job.config.force_filter))
     job.run.save("filter", flt.state_dict())
     job.run.write_json("filter/report.json", report)
-    job.run.log("stage", stage="label", macs_t=labels.macs_t, seconds=0.0, paths=len(labels.paths))
 
 
 def run_prune(job: Job) -> None:
@@ -280,7 +299,7 @@ def measure_drift(job: Job) -> Labels:
     return label_paths(
         job.load_net("train"),
         job.data.label,
-        per_bin=max(1, job.config.labels_per_bin // 4),
+        per_bin=job.relabels_per_bin,
         num_bins=job.config.num_bins,
         calib=job.data.calib,
         run=job.run,
@@ -305,19 +324,37 @@ def train_sampler(job: Job) -> Sampler:
         return Balanced(space)
     if config.sampler == "bestup":
         return BestUp(space, job.load_filter(), num_candidates=max(2, round(1 / config.keep)))
-    return Filtered(
-        space, job.load_filter(), keep=config.keep, epsilon=config.epsilon, decay_steps=config.train_steps
-    )
+    return Filtered(space, job.load_filter(), keep=config.keep, epsilon=config.epsilon)
+
+
+def equal_steps(schedule: str, cost: CostModel, sampler: Sampler, sandwich_steps: int) -> int:
+    """Steps that execute the MACs of `sandwich_steps` sandwich steps with balanced paths."""
+    if schedule == "sandwich" and type(sampler) is Balanced:
+        return sandwich_steps
+    balanced = Balanced(cost.space).bind(cost)
+    return equal_compute_steps(schedule, cost, sampler.bind(cost), balanced, sandwich_steps)
+
+
+def training_steps(config: RunConfig, cost: CostModel) -> dict[str, int]:
+    """Steps of the detection stages, before any filter exists (a filter's own steps differ a little)."""
+    space = cost.space
+    sampler: Sampler = {
+        "uniform": Uniform(space),
+        "random_prune": RandomPrune(space, keep=config.keep, seed=config.seed),
+    }.get(config.sampler, Balanced(space))
+    if config.uses_filter:
+        train_steps = equal_steps(config.schedule, cost, sampler, config.train_steps)
+        return {"warmup": config.warmup_steps, "train": train_steps}
+    return {"train": equal_steps(config.schedule, cost, sampler, config.warmup_steps + config.train_steps)}
 
 
 def _train(
     job: Job, net: DetectionSupernet, sampler: Sampler, stage: str, schedule: str, sandwich_steps: int
 ) -> None:
     config = job.config
-    steps = sandwich_steps
-    if schedule != "sandwich" or not isinstance(sampler, Balanced):
-        bound, balanced = sampler.bind(job.cost), Balanced(job.space).bind(job.cost)
-        steps = equal_compute_steps(schedule, job.cost, bound, balanced, sandwich_steps)
+    steps = equal_steps(schedule, job.cost, sampler, sandwich_steps)
+    if isinstance(sampler, Filtered):
+        sampler.decay_steps = steps
     train(
         net,
         job.data.fit,
@@ -384,14 +421,27 @@ def run_stage(job: Job, name: str) -> bool:
     is_first = rank_and_size()[0] == 0
     if not decide_together(is_first and not is_done(job, name)):
         return False
+    clock = time.perf_counter()
     if is_first or name in TRAINING_STAGES:
         _stage_function(name)(job)
+    if is_first:
+        job.run.log("stage_done", stage=name, seconds=round(time.perf_counter() - clock, 2))
     decide_together(True)
     return True
 
 
 def run_all(job: Job, *, on_stage: Callable[[str, bool], None] | None = None) -> None:
-    """Run every stage that is not done yet, in order."""
+    """Run every stage that is not done yet, in order.
+
+    Unreadable files of every role are refused first; no pixel of a later role is decoded for that.
+    """
+    if rank_and_size()[1] > 1 and job.config.finetune_steps:
+        raise InputError("run: expected 0 for finetune_steps under torchrun, got a positive number")
+    if rank_and_size()[0] == 0:
+        data = job.data
+        check_images(data.fit, data.label, data.select, data.test, decode=False)
+        if job.config.pretrain:
+            check_images(job.pretrain_data.train, job.pretrain_data.val, decode=False)
     for name in stage_names(job.config):
         ran = run_stage(job, name)
         if on_stage is not None:
