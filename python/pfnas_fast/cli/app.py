@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
 import typer
-import yaml
 
-from pfnas_fast.cli.console import StageProgress, console, print_comparison, print_report
+from pfnas_fast.cli.console import StageProgress, console, print_comparison, print_report, print_system
 from pfnas_fast.errors import InputError
-from pfnas_fast.run.config import RunConfig, make_config
+from pfnas_fast.run.config import RunConfig, load_config, make_config
 
 app = typer.Typer(
     add_completion=False,
@@ -178,21 +178,24 @@ def search(
     assignments: Assignments = None,
 ) -> None:
     """S7 and S8: search the trained supernet and export the front."""
+    from pfnas_fast.run.plan import check_search_limits
     from pfnas_fast.space import CostModel, load_space
 
     started = (out / "config.yaml").is_file()
-    if max_macs_m is not None and (space is not None or not started):
-        # One class is the cheapest head, so what is refused here is impossible for any data.
-        CostModel(load_space(space or "tiny"), num_classes=1).check_budget_m(
-            max_macs_m, argument="--max-macs-m"
-        )
+    overrides = {"space": space if started else space or "tiny", "max_macs_m": max_macs_m}
+    config = _configure(out, "default", None, overrides, False, False, assignments)
+    # Before the data are read for the first time: one class, the cheapest head.
+    splits = out / "splits.json"
+    num_classes = len(json.loads(splits.read_text())["class_names"]) if splits.is_file() else 1
+    check_search_limits(
+        config,
+        CostModel(load_space(config.space), num_classes=num_classes),
+        argument="max_macs_m" if max_macs_m is None else "--max-macs-m",
+    )
     if not started:
         raise InputError(
             f"search: expected a trained run in --out, got {str(out)!r}; run `pfnas run --out {out}` first"
         )
-    config = _configure(
-        out, "default", None, {"space": space, "max_macs_m": max_macs_m}, False, False, assignments
-    )
     _run_stage("search", out, config)
 
 
@@ -203,8 +206,6 @@ def compare(
     json_file: Annotated[FilePath | None, typer.Option("--json", help="Write the numbers here.")] = None,
 ) -> None:
     """Fronts side by side: hypervolume, MACs saved at equal AP, compute spent."""
-    import json
-
     from pfnas_fast.report.compare import compare_runs
 
     comparison = compare_runs(runs, png=png)
@@ -219,11 +220,14 @@ def val(
     data: Annotated[str, typer.Option("--data", help="Detection images.")],
     split: Annotated[str, typer.Option("--split", help="fit, label, select or test.")] = "test",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the roles.")] = 0,
+    label_fraction: Annotated[
+        float, typer.Option("--label-fraction", help="Share of images of the role label, as in the run.")
+    ] = 0.2,
 ) -> None:
-    """The 12 COCO numbers of an exported detector."""
+    """The 12 COCO numbers of an exported detector; on Pascal VOC data also VOC's AP50."""
     from pfnas_fast.cli.models import validate
 
-    for name, value in validate(model, data, split, seed).items():
+    for name, value in validate(model, data, split, seed, label_fraction).items():
         console.print(f"{name:<12} {value:.4f}", highlight=False)
 
 
@@ -259,7 +263,7 @@ def checks() -> None:
     """Versions, instruction sets, OpenMP, CUDA, and what to do if something is missing."""
     from pfnas_fast._system import system_report
 
-    console.print(system_report(), highlight=False)
+    print_system(system_report())
 
 
 def _configure(
@@ -272,6 +276,8 @@ def _configure(
     assignments: list[str] | None,
 ) -> RunConfig:
     """Settings of the call; in a folder that holds a run, its settings, overridden by what was given."""
+    from pfnas_fast.run.plan import check_device
+
     given = dict(overrides)
     if no_pretrain:
         given["pretrain"] = False
@@ -279,10 +285,12 @@ def _configure(
         given["force_filter"] = True
     stored = out / "config.yaml"
     if stored.is_file() and recipe == "default" and preset is None:
-        base = yaml.safe_load(stored.read_text())
+        base = load_config(stored).to_dict()
         base.update({key: value for key, value in given.items() if value is not None})
         given = base
-    return make_config(recipe=recipe, preset=preset, overrides=given, assignments=assignments)
+    config = make_config(recipe=recipe, preset=preset, overrides=given, assignments=assignments)
+    check_device(config.device)
+    return config
 
 
 def _run_all(out: FilePath, config: RunConfig, dry_run: bool) -> None:

@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from pfnas_fast._system import SystemReport
+
 console = Console()
 _PLAIN_INTERVAL_SECONDS = 20.0
 
@@ -64,6 +66,18 @@ class StageProgress:
             console.print(f"{stage:<12} {done}/{total}  {text}  {left:.0f} s left", highlight=False)
 
 
+def print_system(report: SystemReport) -> None:
+    """The table of `pfnas checks`, and one line for each thing to do."""
+    table = Table(show_header=False)
+    table.add_column("what", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    for row in report.rows():
+        table.add_row(*row)
+    console.print(table, highlight=False)
+    for text in report.advice:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def print_report(report: dict[str, Any], folder: str) -> None:
     """The final table of a run."""
     table = Table(title="Searched detectors, cheapest first")
@@ -107,20 +121,27 @@ def print_comparison(comparison: dict[str, Any]) -> None:
     """The table of `pfnas compare`."""
     macs_m, ap = comparison["reference"]
     table = Table(title=f"Hypervolume on test (AP x ln MACs) against ({macs_m:.1f} M MACs, AP {ap:g})")
-    for name in ("run", "schedule", "sampler", "hypervolume", "best AP", "T MACs", "minutes"):
+    for name in ("run", "schedule", "sampler", "hypervolume", "best AP", "training", "T MACs", "minutes"):
         table.add_column(name, justify="left" if name in ("run", "schedule", "sampler") else "right")
     for run in comparison["runs"]:
-        total = run["compute"]["total"]
+        total, ratio = run["compute"]["total"], run["training_macs_ratio"]
         table.add_row(
             run["name"],
             run["schedule"],
             run["sampler"],
             f"{run['hypervolume']:.4f}",
             f"{max(entry['ap_test'] for entry in run['front']):.3f}",
+            "-" if ratio is None else f"{ratio:.2f} x",
             f"{total['macs_t']:.2f}",
             f"{total['seconds'] / 60:.1f}",
         )
     console.print(table)
+    console.print(
+        f"training: MACs of training the detection supernet, against {comparison['baseline']}; "
+        "T MACs and minutes: everything, pre-training and labelling included.",
+        highlight=False,
+        markup=False,
+    )
     for name, rows in comparison["macs_saved"].items():
         saved = Table(title=f"MACs that {name} saves at equal AP against {comparison['baseline']}")
         saved.add_column("budget (M)", justify="right")

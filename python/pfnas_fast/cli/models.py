@@ -10,7 +10,7 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor, nn
 
-from pfnas_fast.data import evaluate, load_detection, read_image
+from pfnas_fast.data import Roles, evaluate, load_detection, read_image, voc_ap50
 from pfnas_fast.detection import Detector
 from pfnas_fast.errors import InputError
 from pfnas_fast.report.draw import draw_boxes, write_png
@@ -19,14 +19,24 @@ _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _EXPORT_TOLERANCE = 1e-4
 
 
-def validate(model: FilePath, data: str, split: str, seed: int) -> dict[str, float]:
-    """The 12 COCO numbers of an exported detector on one role of a data set.
+def validate(
+    model: FilePath, data: str, split: str, seed: int, label_fraction: float = 0.2
+) -> dict[str, float]:
+    """The 12 COCO numbers of an exported detector on one role of a data set, and VOC's AP50 on VOC data.
+
+    Args:
+        model: File of an exported detector.
+        data: Detection images, as for a run.
+        split: Role: fit, calib, label, select or test.
+        seed: The run's seed; the roles are drawn with it.
+        label_fraction: The run's share of images with the role label.
 
     Raises:
         InputError: not a detector, an unknown split, or classes that differ from the detector's.
     """
     detector = Detector.load(model)
-    roles = load_detection(data, seed=seed).roles()
+    loaded = load_detection(data, roles=Roles(label=label_fraction), seed=seed)
+    roles = loaded.roles()
     if split not in roles:
         raise InputError(f"val: expected one of {', '.join(roles)} for --split, got {split!r}")
     dataset = roles[split]
@@ -36,7 +46,11 @@ def validate(model: FilePath, data: str, split: str, seed: int) -> dict[str, flo
             f"got {list(dataset.class_names)}"
         )
     detections = [detector.predict(dataset.read(i), score_threshold=0.05) for i in range(len(dataset))]
-    return evaluate(dataset, detections)
+    values = dict(evaluate(dataset, detections))
+    if loaded.kind == "voc":
+        for form in ("voc07", "voc12"):
+            values[f"ap50_{form}"] = voc_ap50(dataset, detections, form=form)
+    return values
 
 
 def predict_files(model: FilePath, images: Sequence[FilePath], out: FilePath, threshold: float) -> int:
@@ -44,18 +58,18 @@ def predict_files(model: FilePath, images: Sequence[FilePath], out: FilePath, th
     number of images.
 
     Raises:
-        InputError: not a detector, no image, a missing file or one that cannot be decoded.
+        InputError: not a detector, no image, a missing file or one that cannot be decoded, or `out` is a
+            folder of the images (which the drawn ones would replace) or a file.
     """
     detector = Detector.load(model)
     files = _list_images(images)
+    _check_out(out, files)
     out.mkdir(parents=True, exist_ok=True)
     found = {}
-    for file in files:
+    for file, name in zip(files, _png_names(files), strict=True):
         image = read_image(file)
         detection = detector.predict(image, score_threshold=min(threshold, 0.05))
-        write_png(
-            out / f"{file.stem}.png", draw_boxes(image, detection, detector.class_names, threshold=threshold)
-        )
+        write_png(out / name, draw_boxes(image, detection, detector.class_names, threshold=threshold))
         kept = detection.scores >= threshold
         found[str(file)] = [
             {
@@ -123,7 +137,7 @@ class _Dense(nn.Module):
 def _export_onnx(dense: nn.Module, example: Tensor, out: FilePath) -> list[Tensor]:
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401 - torch.onnx needs it
+        import onnxscript  # noqa: F401 # pyright: ignore[reportMissingImports] - torch.onnx needs it
     except ImportError as error:
         raise InputError(
             f"export: expected the packages onnx, onnxscript and onnxruntime for a .onnx file, got: {error}"
@@ -140,6 +154,28 @@ def _export_onnx(dense: nn.Module, example: Tensor, out: FilePath) -> list[Tenso
     return [torch.from_numpy(array) for array in session.run(None, {"images": example.numpy()})]
 
 
+def _check_out(out: FilePath, files: Sequence[FilePath]) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"predict: expected a folder for --out, got the file {str(out)!r}")
+    if out.resolve() in {file.resolve().parent for file in files} | {file.parent.resolve() for file in files}:
+        raise InputError(
+            f"predict: expected another folder than the images' for --out, got {str(out)!r}, where drawn "
+            "images could replace them"
+        )
+
+
+def _png_names(files: Sequence[FilePath]) -> list[str]:
+    """One distinct name per file: x.png, and x-2.png, x-3.png, ... for further files of the stem x."""
+    names: dict[str, None] = {}
+    for file in files:
+        name, count = f"{file.stem}.png", 1
+        while name in names:
+            count += 1
+            name = f"{file.stem}-{count}.png"
+        names[name] = None
+    return list(names)
+
+
 def _list_images(images: Sequence[FilePath]) -> list[FilePath]:
     files: list[FilePath] = []
     for item in images:
@@ -153,4 +189,4 @@ def _list_images(images: Sequence[FilePath]) -> list[FilePath]:
         raise InputError(
             f"predict: expected at least one image in {[str(item) for item in images]}, got none"
         )
-    return files
+    return list(dict.fromkeys(files))

@@ -22,6 +22,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ofa": {"schedule": "progressive", "sampler": "uniform"},
 }
 
+# Settings that only the search and what comes after it read: training, labels and filter do not depend on
+# them.
+SEARCH_SETTINGS = (
+    "max_macs_m",
+    "search_resolution",
+    "search_iterations",
+    "num_budgets",
+    "candidates_per_budget",
+    "random_paths",
+    "report_budgets",
+    "finetune_steps",
+)
+_MIN_LABELS = 10  # what `filter.report.filter_report` needs for its folds
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -107,9 +121,16 @@ class RunConfig:
                 raise InputError(
                     f"config: expected a positive number for {name}, got {getattr(self, name)!r}"
                 )
-        for name in ("finetune_steps", "num_workers"):
+        for name in ("seed", "finetune_steps", "num_workers"):
             if getattr(self, name) < 0:
                 raise InputError(f"config: expected at least 0 for {name}, got {getattr(self, name)!r}")
+        if self.batch_size < 2:  # batch statistics of one image are none
+            raise InputError(f"config: expected at least 2 for batch_size, got {self.batch_size!r}")
+        if self.num_bins * self.labels_per_bin < _MIN_LABELS:
+            raise InputError(
+                f"config: expected at least {_MIN_LABELS} for num_bins x labels_per_bin (the filter's report "
+                f"needs that many paths), got {self.num_bins} x {self.labels_per_bin}"
+            )
 
     @property
     def uses_filter(self) -> bool:
@@ -126,7 +147,6 @@ _AT_LEAST_ONE = (
     "pretrain_batch_size",
     "warmup_steps",
     "train_steps",
-    "batch_size",
     "num_bins",
     "labels_per_bin",
     "filter_members",
@@ -170,7 +190,7 @@ def make_config(
         key, separator, value = text.partition("=")
         if not separator:
             raise InputError(f"config: expected key=value for --set, got {text!r}")
-        values[key.strip()] = yaml.safe_load(value)
+        values[key.strip()] = _parse_yaml(value, f"--set {key.strip()}")
     return config_from_dict(values)
 
 
@@ -187,7 +207,7 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
 
 def load_config(file: FilePath) -> RunConfig:
     """Read a `config.yaml` that a run wrote."""
-    return config_from_dict(yaml.safe_load(file.read_text()))
+    return config_from_dict(_read_mapping(file.read_text(), str(file)))
 
 
 def recipe_names() -> list[str]:
@@ -207,12 +227,24 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
         raise InputError(
             f"config: expected one of {', '.join(recipe_names())} or a YAML file for recipe, got {recipe!r}"
         )
-    values = yaml.safe_load(text) or {}
+    return _read_mapping(text, f"recipe {recipe!r}")
+
+
+def _read_mapping(text: str, source: str) -> dict[str, Any]:
+    values = _parse_yaml(text, source)
+    if values is None:
+        return {}
     if not isinstance(values, dict):
-        raise InputError(
-            f"config: expected a mapping of settings in recipe {recipe!r}, got {type(values).__name__}"
-        )
+        raise InputError(f"config: expected a mapping of settings in {source}, got {type(values).__name__}")
     return values
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"config: expected YAML in {source}, got {text[:40]!r}: {reason}") from error
 
 
 def _convert(key: str, value: Any, hint: Any) -> Any:
@@ -221,10 +253,10 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     allowed = get_args(hint) or (hint,)
     if value is None and type(None) in allowed:
         return None
-    if float in allowed and not isinstance(value, bool):
+    if float in allowed and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (ValueError, OverflowError):
             pass
     elif type(value) in allowed:
         return value
