@@ -112,24 +112,28 @@ int valid_channels(const Params& p, std::int64_t block) {
 Image x_image(const Params& p, const float* data) { return {data, p.height, p.width, p.channels}; }
 Image y_image(const Params& p, const float* data) { return {data, p.out_height, p.out_width, p.channels}; }
 
+std::int64_t round_up(std::int64_t value, std::int64_t step) { return ceil_div(value, step) * step; }
+
+// Pitches: the columns that the tiles read, which may reach beyond the image where a tile does.
 Planes input_planes(const Params& p, const RowKernels& rows) {
-  const int widest = max_of(rows.forward_width, rows.grad_filter_width);
+  const std::int64_t tiled =
+      max_of(round_up(p.out_width, rows.forward_width), round_up(p.out_width, rows.grad_filter_width));
   Planes x;
   x.pad = p.kernel_size / 2;
   x.width = p.width;
   x.height = p.height;
-  x.pitch = max_of(x.pad + x.width, (p.out_width + widest - 1) * p.stride + p.kernel_size);
+  x.pitch = max_of(x.pad + x.width, (tiled - 1) * p.stride + p.kernel_size);
   return x;
 }
 
 Planes grad_planes(const Params& p, const RowKernels& rows) {
   const std::int64_t half = p.kernel_size / 2;
-  const std::int64_t covered = ceil_div(p.width, rows.grad_input_width) * rows.grad_input_width;
+  const std::int64_t last_read = (round_up(p.width, rows.grad_input_width) - 1 + half) / p.stride;
   Planes g;
   g.pad = half;
   g.width = p.out_width;
   g.height = p.out_height;
-  g.pitch = half + max_of(p.out_width + rows.grad_filter_width, (covered + half) / p.stride + 1);
+  g.pitch = half + max_of(round_up(p.out_width, rows.grad_filter_width), last_read + 1);
   return g;
 }
 
@@ -192,7 +196,7 @@ void forward(const Params& p) {
   const RowKernels rows = select_rows(p);
   const std::int64_t taps = p.kernel_size * p.kernel_size;
   Planes plan = input_planes(p, rows);
-  const Cut cut = cut_call(p, p.stride * plan.pitch * kBlock, 64, ceil_div(64, p.batch));
+  const Cut cut = cut_call(p, conv_flops(p), p.stride * plan.pitch * kBlock);
   plan.num_rows = min_of<std::int64_t>(p.height, (cut.slab_rows - 1) * p.stride + p.kernel_size);
   plan.num_images = cut.slab_images;
 
@@ -200,7 +204,8 @@ void forward(const Params& p) {
       thread_scratch(Scratch::kCall,
                      static_cast<std::size_t>(cut.num_blocks * FilterBlocks::kFloatsPerBlock)),
       cut.num_blocks);
-  derive_filters(p, cut.num_blocks, filters);
+  const Derivation derivation(p);
+  derive_filters(p, derivation, cut.num_blocks, filters);
   parallel_for(cut.num_items(), conv_flops(p), [&](std::int64_t item) {
     Planes x = plan;
     x.data = thread_scratch(Scratch::kThread, static_cast<std::size_t>(x.size()));
@@ -298,18 +303,11 @@ void backward_step(const Params& p, const RowKernels& rows, const Step& step, co
            min_of(p.height, step.end * p.stride));
 }
 
-Cut cut_backward(const Params& p, std::int64_t floats_per_row) {
-  // Enough items to balance 16 threads or so, few enough that folding the partial sums stays below a percent.
-  constexpr double kFlopsPerItem = 2e6;
-  const auto wanted = min_of<std::int64_t>(64, 1 + static_cast<std::int64_t>(conv_flops(p) / kFlopsPerItem));
-  return cut_call(p, floats_per_row, wanted, 8);
-}
-
 void backward(const Params& p) {
   const RowKernels rows = select_rows(p);
   const std::int64_t taps = p.kernel_size * p.kernel_size;
   BackwardScratch plan{input_planes(p, rows), grad_planes(p, rows), nullptr, nullptr};
-  const Cut cut = cut_backward(p, (p.stride * plan.x.pitch + plan.grad_y.pitch) * kBlock);
+  const Cut cut = cut_call(p, conv_flops(p), (p.stride * plan.x.pitch + plan.grad_y.pitch) * kBlock);
   plan.x.num_rows = min_of<std::int64_t>(p.height, (cut.slab_rows - 1) * p.stride + p.kernel_size);
   plan.grad_y.num_rows = min_of<std::int64_t>(p.out_height, cut.slab_rows + p.kernel_size - 1);
   plan.x.num_images = plan.grad_y.num_images = cut.slab_images;
@@ -320,7 +318,8 @@ void backward(const Params& p) {
       thread_scratch(Scratch::kCall, static_cast<std::size_t>(filter_size + cut.num_groups * group_size));
   const FilterBlocks filters(memory, cut.num_blocks);
   float* partial = memory + filter_size;  // [num_groups][num_blocks][K * K][16]
-  derive_filters(p, cut.num_blocks, filters);
+  const Derivation derivation(p);
+  derive_filters(p, derivation, cut.num_blocks, filters);
 
   parallel_for(cut.num_items(), 2 * conv_flops(p), [&](std::int64_t item) {
     BackwardScratch scratch = plan;
@@ -341,7 +340,7 @@ void backward(const Params& p) {
     const float* sums = partial + group * group_size;
     for (std::int64_t i = 0; i < group_size; ++i) partial[i] += sums[i];
   }
-  derive_filters_backward(p, cut.num_blocks, partial, filters);
+  derive_filters_backward(p, derivation, cut.num_blocks, partial, filters);
 }
 
 }  // namespace

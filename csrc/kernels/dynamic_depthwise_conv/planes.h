@@ -11,8 +11,6 @@
 
 namespace pfnas::PFNAS_TIER {
 
-constexpr int kVecsPerBlock = kBlock / kLanes;
-
 // The activations of one tensor, [N, height, width, channels].
 struct Image {
   const float* data;

@@ -54,16 +54,20 @@ struct Cut {
   }
 };
 
-// `floats_per_row`: packed floats behind one row of y. `wanted`: about how many items the work is worth.
-static inline Cut cut_call(const DynamicDepthwiseConvParams& p, std::int64_t floats_per_row,
-                           std::int64_t wanted, std::int64_t max_ranges) {
+// `floats_per_row`: packed floats behind one row of y.
+static inline Cut cut_call(const DynamicDepthwiseConvParams& p, double flops, std::int64_t floats_per_row) {
+  // Enough items for 16 threads or so; more channel ranges than image groups, because every group has its own
+  // partial sums of the filter gradient to fold.
+  constexpr double kFlopsPerItem = 2e6;
+  constexpr std::int64_t kMaxItems = 64, kMaxRanges = 16;
+  const auto wanted = min_of(kMaxItems, 1 + static_cast<std::int64_t>(flops / kFlopsPerItem));
   Cut cut{};
   cut.batch = p.batch;
   cut.out_height = p.out_height;
   cut.num_blocks = ceil_div(p.channels, kBlock);
   const std::int64_t rows = max_of<std::int64_t>(4, kSlabFloats / floats_per_row);
   cut.slab_rows = ceil_div(p.out_height, ceil_div(p.out_height, rows));
-  cut.num_ranges = min_of(cut.num_blocks, min_of(max_ranges, wanted));
+  cut.num_ranges = min_of(cut.num_blocks, min_of(kMaxRanges, wanted));
   cut.num_groups = min_of(p.batch, ceil_div(wanted, cut.num_ranges));
   const std::int64_t images = max_of<std::int64_t>(1, kSlabFloats / (floats_per_row * p.out_height));
   cut.slab_images = min_of(images, ceil_div(p.batch, cut.num_groups));
