@@ -27,26 +27,19 @@ def compare_runs(folders: Sequence[str | FilePath], *, png: FilePath | None = No
         "reference": the hypervolume's worst corner [MACs in millions, AP] = the dearest path of the space and
             AP 0;
         "runs": per run its name, schedule, sampler, front, hypervolume (AP x natural log of MACs, on test),
-            compute per
-        stage, random paths of the same budget; "macs_saved": per run but the first, per budget of the
-        baseline's front, the share of MACs saved at the baseline's test AP (None where the run never reaches
-        it).
+            compute per stage, "training_macs_ratio" (MACs of warm-up and training over the baseline's; None
+            where the baseline has none), random paths of the same budget;
+        "macs_saved": per run but the first, per budget of the baseline's front, the share of MACs saved at
+            the baseline's test AP (None where the run never reaches it).
 
     Raises:
-        InputError: fewer than two runs, an unfinished one, or runs of different data or spaces.
+        InputError: fewer than two runs, an unfinished one, or runs of different data, spaces or test images.
     """
     if len(folders) < 2:
         raise InputError(f"compare: expected at least two run folders, got {len(folders)}")
     runs = [Run.open(folder) for folder in folders]
     reports = {_name(run, runs): run.read_json("report.json") for run in runs}
-    for run in runs[1:]:
-        for key in ("data", "space"):
-            first, other = getattr(runs[0].config, key), getattr(run.config, key)
-            if first != other:
-                raise InputError(
-                    f"compare: expected runs of one {key}, got {first!r} in {runs[0].folder} "
-                    f"and {other!r} in {run.folder}"
-                )
+    _check_comparable(runs)
     assert runs[0].config is not None
     num_classes = len(runs[0].read_json("splits.json")["class_names"])
     reference = (
@@ -54,8 +47,11 @@ def compare_runs(folders: Sequence[str | FilePath], *, png: FilePath | None = No
         0.0,
     )
     fronts = {name: _front(report) for name, report in reports.items()}
+    baseline = next(iter(fronts))
+    baseline_macs_t = _training_macs_t(reports[baseline])
     rows = []
     for name, report in reports.items():
+        macs_t = _training_macs_t(report)
         rows.append(
             {
                 "name": name,
@@ -66,10 +62,10 @@ def compare_runs(folders: Sequence[str | FilePath], *, png: FilePath | None = No
                 ],
                 "hypervolume": hypervolume(*fronts[name], reference=reference),
                 "compute": report["compute"],
+                "training_macs_ratio": macs_t / baseline_macs_t if baseline_macs_t > 0 else None,
                 "against_random": report["against_random"],
             }
         )
-    baseline = next(iter(fronts))
     budgets = [float(value) for value in fronts[baseline][0]]
     saved = {
         name: [
@@ -82,6 +78,29 @@ def compare_runs(folders: Sequence[str | FilePath], *, png: FilePath | None = No
     if png is not None:
         plot_front(png, reports)
     return {"reference": list(reference), "baseline": baseline, "runs": rows, "macs_saved": saved}
+
+
+def _check_comparable(runs: Sequence[Run]) -> None:
+    for run in runs[1:]:
+        for key in ("data", "space"):
+            first, other = getattr(runs[0].config, key), getattr(run.config, key)
+            if first != other:
+                raise InputError(
+                    f"compare: expected runs of one {key}, got {first!r} in {runs[0].folder} "
+                    f"and {other!r} in {run.folder}"
+                )
+        if run.read_json("splits.json")["test"] != runs[0].read_json("splits.json")["test"]:
+            raise InputError(
+                f"compare: expected runs with the same test images, got others in {run.folder} than in "
+                f"{runs[0].folder}; roles depend on the seed where the data have no test split"
+            )
+
+
+def _training_macs_t(report: dict[str, Any]) -> float:
+    """MACs of warm-up and training (10^12): what the schedules and samplers are given equal amounts of."""
+    return sum(
+        report["compute"][stage]["macs_t"] for stage in ("warmup", "train") if stage in report["compute"]
+    )
 
 
 def _front(report: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
