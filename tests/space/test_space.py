@@ -84,7 +84,7 @@ def test_last_stage_of_tiny_has_a_5x5_bank() -> None:
 
 def test_classification_space() -> None:
     space = load_space("tiny").for_classification()
-    assert space.resolutions == (96, 112, 128)
+    assert space.resolutions == (64, 80, 96)
     assert space.canvas(96) == (96, 96)
     assert space.for_classification() == space
 

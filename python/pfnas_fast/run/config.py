@@ -65,7 +65,7 @@ class RunConfig:
     force_filter: bool = False
     # S0: classification.
     pretrain: bool = True
-    pretrain_steps: int = 500
+    pretrain_steps: int = 800
     pretrain_batch_size: int = 24
     pretrain_learning_rate: float = 4e-3
     # S2 and S6: detection.
