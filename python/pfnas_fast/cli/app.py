@@ -298,7 +298,7 @@ def _run_all(out: FilePath, config: RunConfig, dry_run: bool) -> None:
 
     text = plan_text(config)  # refuses what is impossible before anything is loaded
     if dry_run:
-        console.print(text, highlight=False)
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
         return
     from pfnas_fast.run.job import open_job, run_all
     from pfnas_fast.train.distributed import rank_and_size, start_processes
