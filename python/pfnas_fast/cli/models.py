@@ -104,7 +104,8 @@ def export_model(model: FilePath, out: FilePath) -> str:
         expected = dense(example)
     if out.suffix == ".pt2":
         torch.export.save(torch.export.export(dense, (example,)), str(out))
-        actual = torch.export.load(str(out)).module()(example)
+        with torch.no_grad():
+            actual = torch.export.load(str(out)).module()(example)
     elif out.suffix == ".onnx":
         actual = _export_onnx(dense, example, out)
     else:
