@@ -8,6 +8,7 @@ import pytest
 
 from pfnas_fast.errors import InputError
 from pfnas_fast.search import EvolutionConfig, search_candidates
+from pfnas_fast.search.evolution import evolve
 from pfnas_fast.search.genes import GeneOperators, unique_rows
 from pfnas_fast.space import BudgetSampler, CostModel, load_space, uniform_population
 
@@ -100,6 +101,9 @@ def test_same_generator_same_candidates(cost, scorer):
 
 def test_pruned_space_bounds_the_search(cost, scorer):
     class Odd:
+        def __init__(self):
+            self.scorer = scorer
+
         def threshold(self, macs_m):
             return np.full(len(macs_m), 0.5)
 
@@ -107,6 +111,49 @@ def test_pruned_space_bounds_the_search(cost, scorer):
         12.0
     ]
     assert (scorer.score(found) >= 0.5).all()
+
+
+class Pruned:
+    """Accepts what a filter of its own scores at `level` or more."""
+
+    def __init__(self, scorer, level):
+        self.scorer, self.level = scorer, level
+
+    def threshold(self, macs_m):
+        return np.full(len(macs_m), self.level)
+
+
+def test_the_pruned_space_is_judged_by_its_own_filter(cost, scorer):
+    other = Additive(cost.space, seed=1)
+    pruned = Pruned(other, 3.0)
+    found = search_candidates(scorer, cost, [12.0], rng=np.random.default_rng(0), pruned=pruned, config=QUICK)
+    assert (other.score(found[12.0]) >= 3.0).all()
+    assert (np.diff(scorer.score(found[12.0])) <= 0).all()
+    free = search_candidates(scorer, cost, [12.0], rng=np.random.default_rng(0), config=QUICK)
+    assert (other.score(free[12.0]) < 3.0).any()
+
+
+def test_rejected_paths_fill_up(cost, scorer):
+    initial = BudgetSampler(cost).sample(np.random.default_rng(0), 200, 10.0, 12.0)
+    other = Additive(cost.space, seed=1)
+    level = float(np.sort(other.score(initial[unique_rows(initial)]))[-3])  # three are accepted
+    found, scores = evolve(
+        scorer,
+        cost,
+        initial,
+        10.0,
+        12.0,
+        rng=np.random.default_rng(0),
+        top_k=8,
+        pruned=Pruned(other, level),
+        config=EvolutionConfig(iterations=0),
+    )
+    assert (other.score(found) >= level).tolist() == [True] * 3 + [False] * 5
+    rejected = initial[other.score(initial) < level]
+    assert scores[3] == scorer.score(rejected).max()
+    assert (np.diff(scores[:3]) <= 0).all()
+    assert (np.diff(scores[3:]) <= 0).all()
+    assert len(unique_rows(found)) == 8
 
 
 def test_one_resolution_only(cost, scorer):

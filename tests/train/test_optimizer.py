@@ -12,7 +12,7 @@ def test_learning_rate_rises_then_falls() -> None:
     rates = [learning_rate_at(step, 100, 1.0) for step in range(100)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5:50] == [1.0] * 45
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
     assert 0.02 <= rates[-1] < 0.03
 
 

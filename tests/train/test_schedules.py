@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import pytest
 
 from pfnas_fast.errors import InputError
 from pfnas_fast.filter import Balanced, Uniform
 from pfnas_fast.space import CostModel, load_space
 from pfnas_fast.train.schedules import (
+    PathSource,
     equal_compute_steps,
-    expected_step_macs_m,
     make_phases,
     plan_paths,
     restrict_space,
@@ -78,12 +80,39 @@ def test_step_macs_count_forward_backward_and_teacher() -> None:
     assert step_macs_m(progressive[1], COST, paths) == pytest.approx(3 * both + COST.path_macs_m(paths[0]))
 
 
+@pytest.mark.parametrize("schedule", ["sandwich", "progressive"])
+def test_no_teacher_is_charged_without_distillation(schedule: str) -> None:
+    phases = make_phases(schedule, SPACE, 12, distill=False)
+    paths = [SPACE.max_path(128)]
+    assert {phase.teacher for phase in phases} == {"none"}
+    assert step_macs_m(phases[-1], COST, paths) == pytest.approx(3 * COST.path_macs_m(paths[0]))
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"), [((3,), [None, None]), ((3, 4), [0, None]), ((2, 3, 4), [0, 1])]
+)
+def test_channels_are_sorted_only_for_widths_that_exist(
+    ratios: tuple[int, ...], expected: list[int | None]
+) -> None:
+    stages = tuple(dataclasses.replace(stage, expand_ratios=ratios) for stage in SPACE.stages)
+    phases = make_phases("progressive", dataclasses.replace(SPACE, stages=stages), 12)
+    assert [phase.sort_channels for phase in phases[4:]] == expected
+
+
 @pytest.mark.parametrize("schedule", ["progressive", "single"])
-def test_equal_compute(schedule: str) -> None:
+@pytest.mark.parametrize("distill", [True, False])
+def test_equal_compute(schedule: str, distill: bool) -> None:
     uniform = Uniform(SPACE).bind(COST)
-    steps = equal_compute_steps(schedule, COST, uniform, BALANCED, 200)
-    spent = sum(
-        p.num_steps * expected_step_macs_m(p, COST, uniform) for p in make_phases(schedule, SPACE, steps)
-    )
-    budget = 200 * expected_step_macs_m(make_phases("sandwich", SPACE, 1)[0], COST, BALANCED)
-    assert spent == pytest.approx(budget, rel=0.02)
+    steps = equal_compute_steps(schedule, COST, uniform, BALANCED, 800, distill=distill)
+    budget = _planned_macs_m("sandwich", BALANCED, 800, distill)
+    assert _planned_macs_m(schedule, uniform, steps, distill) == pytest.approx(budget, rel=0.03)
+
+
+def _planned_macs_m(schedule: str, sampler: PathSource, num_steps: int, distill: bool) -> float:
+    """What training would execute per image, from the paths it would really draw."""
+    total, step = 0.0, 0
+    for phase in make_phases(schedule, SPACE, num_steps, distill=distill):
+        for _ in range(phase.num_steps):
+            total += step_macs_m(phase, COST, plan_paths(phase, SPACE, sampler, 7, step))
+            step += 1
+    return total

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -40,27 +42,66 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(
     data = pf.load_detection(toy_detection)
     whole = _net()
     _train(whole, data, pf.Run(tmp_path / "whole"), schedule=schedule)
-    run = pf.Run(tmp_path / "cut")
     with pytest.raises(Stop):
-        _train(_net(), data, run, schedule=schedule, progress=_stop_at(stop))
+        _train(_net(), data, pf.Run(tmp_path / "cut"), schedule=schedule, progress=_stop_at(stop))
     resumed = _net()
-    result = _train(resumed, data, run, schedule=schedule)
+    result = _train(resumed, data, pf.Run(tmp_path / "cut"), schedule=schedule)
     assert result["steps"] == STEPS
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
 
 def test_a_finished_stage_is_loaded_not_repeated(toy_detection: Path, tmp_path: Path) -> None:
-    data, run = pf.load_detection(toy_detection), pf.Run(tmp_path)
+    data = pf.load_detection(toy_detection)
     first = _net()
-    _train(first, data, run, steps=2)
+    _train(first, data, pf.Run(tmp_path), steps=2)
     again = _net()
-    result = _train(again, data, run, steps=2, progress=_stop_at(1))
+    result = _train(again, data, pf.Run(tmp_path), steps=2, progress=_stop_at(1))
     assert result["steps"] == 2
     assert all(
         torch.equal(a, b)
         for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True)
     )
+
+
+@pytest.mark.parametrize("stop", [3, None])
+@pytest.mark.parametrize(
+    ("key", "value", "old"),
+    [("learning_rate", 2e-3, "0.001"), ("steps", 8, "6"), ("schedule", "single", "'san")],
+)
+def test_a_checkpoint_of_other_settings_is_refused(
+    toy_detection: Path, tmp_path: Path, stop: int | None, key: str, value: object, old: str
+) -> None:
+    data = pf.load_detection(toy_detection)
+    with contextlib.suppress(Stop):
+        _train(_net(), data, pf.Run(tmp_path), progress=_stop_at(stop) if stop else None)
+    with pytest.raises(
+        pf.InputError, match=f"expected {key}={old}.*'train' in .*, got {value!r}; give another"
+    ):
+        _train(_net(), data, pf.Run(tmp_path), **{key: value})
+    assert _train(_net(), data, pf.Run(tmp_path), checkpoint_every=5)["steps"] == STEPS
+
+
+def test_successive_calls_on_one_run_have_checkpoints_of_their_own(
+    toy_detection: Path, tmp_path: Path
+) -> None:
+    data, run = pf.load_detection(toy_detection), pf.Run(tmp_path)
+    for steps in (2, 3):
+        assert _train(_net(), data, run, steps=steps)["steps"] == steps
+    assert [run.load(stage)["step"] for stage in ("train", "train-2")] == [2, 3]
+
+
+def test_progressive_on_one_width_without_a_teacher(
+    toy_detection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pfnas_fast.train.detection._teach", lambda *_: pytest.fail("a teacher ran"))
+    tiny = pf.load_space("tiny")
+    space = dataclasses.replace(
+        tiny, stages=tuple(dataclasses.replace(stage, expand_ratios=(3,)) for stage in tiny.stages)
+    )
+    net = pf.DetectionSupernet(space, num_classes=2, backend="reference")
+    result = _train(net, pf.load_detection(toy_detection), None, schedule="progressive", distill_weight=0.0)
+    assert result["steps"] == STEPS
 
 
 def test_training_learns(toy_detection: Path) -> None:

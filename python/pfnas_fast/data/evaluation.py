@@ -70,12 +70,11 @@ def evaluate(
             box or score that is not finite.
 
     Example:
-        >>> from pfnas_fast.data import load_detection
-        >>> from collections import namedtuple
-        >>> Found = namedtuple("Found", "boxes scores labels")
-        >>> val = load_detection("digits").select
-        >>> perfect = [Found(r.boxes, 0 * r.areas, r.labels) for r in val.records]
-        >>> round(evaluate(val, perfect)["ap50"], 6)
+        >>> import numpy as np
+        >>> import pfnas_fast as pf
+        >>> images = pf.load_detection("digits").select.subset(range(4))
+        >>> perfect = [pf.Detection(r.boxes, np.ones(len(r.labels)), r.labels) for r in images.records]
+        >>> round(pf.evaluate(images, perfect)["ap50"], 6)
         1.0
     """
     from pycocotools.coco import COCO

@@ -52,7 +52,7 @@ class EvolutionConfig:
 
 
 class _Archive:
-    """The best distinct accepted paths seen so far."""
+    """The best distinct paths of those added so far."""
 
     def __init__(self, size: int, num_slots: int) -> None:
         self.size = size
@@ -107,12 +107,14 @@ def evolve(
         high_m: Its upper bound, inclusive.
         rng: Source of randomness.
         top_k: Distinct paths wanted.
-        pruned: `BudgetThresholds`; only what it accepts is returned (if it accepts anything), and it breeds
-            first.
+        pruned: `BudgetThresholds`, judged by the filter they were calibrated with (`pruned.scorer`), which
+            may be another than `scorer`. What they accept breeds first and is returned first; the best
+            rejected paths only fill up to `top_k`, so that every strategy gets as many evaluations.
         config: Sizes and rates.
 
     Returns:
-        (uint8 [k, num_slots] distinct, best first, k <= top_k; their scores float64 [k]).
+        (uint8 [k, num_slots] distinct, k <= top_k; their scores float64 [k]): accepted paths, best first,
+        then rejected ones, best first.
 
     Source:
         Once-for-All (arXiv:1908.09791), sec. 3.4 and its published search settings.
@@ -125,7 +127,7 @@ def evolve(
     parents, parent_fitness = current[:0], np.zeros(0)
     for generation in range(config.iterations + 1):
         scores = np.asarray(scorer.score(current, macs_m), np.float64)
-        margin = scores - pruned.threshold(macs_m) if pruned is not None else np.zeros(len(scores))
+        margin = _margin(pruned, scorer, current, macs_m, scores)
         accepted = margin >= 0
         changed = inside.add(current[accepted], scores[accepted])
         changed |= outside.add(current[~accepted], scores[~accepted])
@@ -142,8 +144,19 @@ def evolve(
         current, macs_m = operators.repair(rng, children, low_m, high_m)
         feasible = (macs_m >= low_m) & (macs_m <= high_m)
         current, macs_m = current[feasible], macs_m[feasible]
-    best = inside if len(inside.population) else outside
-    return best.population, best.scores
+    population = np.concatenate([inside.population, outside.population])[:top_k]
+    return population, np.concatenate([inside.scores, outside.scores])[:top_k]
+
+
+def _margin(
+    pruned: Any, scorer: Any, population: np.ndarray, macs_m: np.ndarray, scores: np.ndarray
+) -> np.ndarray:
+    """Score above the threshold of the pruned space, on the scale of its own filter; float64 [n]."""
+    if pruned is None:
+        return np.zeros(len(scores))
+    if pruned.scorer is not scorer:
+        scores = np.asarray(pruned.scorer.score(population, macs_m), np.float64)
+    return scores - pruned.threshold(macs_m)
 
 
 def search_candidates(
@@ -165,13 +178,15 @@ def search_candidates(
         budgets_macs_m: Upper bounds on whole-detector MACs, millions.
         rng: Source of randomness.
         top_k: Candidates per budget.
-        pruned: `BudgetThresholds` of the pruned space, or None for the whole space.
+        pruned: `BudgetThresholds` of the pruned space, or None for the whole space; where it accepts fewer
+            than `top_k` paths, the best rejected ones follow them.
         resolution: Search at this longest side only, px.
         config: Sizes and rates.
 
     Returns:
-        Per budget a uint8 population [k, num_slots], k <= top_k, distinct, best predicted first, every path
-        within [(1 - slack) B, B] MACs (or the cheapest paths there are, where that window is empty).
+        Per budget a uint8 population [k, num_slots], k <= top_k, distinct, best predicted first (accepted
+        paths before rejected ones), every path within [(1 - slack) B, B] MACs (or the cheapest paths there
+        are, where that window is empty).
 
     Raises:
         InputError: a budget outside the space (names the feasible range), or top_k < 1.

@@ -48,8 +48,9 @@ def pretrain(
     stage: str = "pretrain",
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Train a classification supernet in place; paths are drawn uniformly over genes, the largest teaches
-    softly.
+    """Train a classification supernet in place.
+
+    Paths are drawn uniformly over genes; the largest teaches the others softly.
 
     Args:
         net: Its space must be a classification space (`Space.for_classification`).

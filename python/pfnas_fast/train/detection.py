@@ -37,7 +37,7 @@ def train(
     checkpoint_every: int = 100,
     run: Run | None = None,
     seed: int = 0,
-    stage: str = "train",
+    stage: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Train the shared weights of all paths, in place.
@@ -52,15 +52,16 @@ def train(
         learning_rate: Peak of the cosine (AdamW).
         weight_decay: Of convolution weights.
         distill_after: Fraction of the steps without distillation.
-        distill_weight: Factor of the distillation loss; 0 switches it off.
+        distill_weight: Factor of the distillation loss; 0 switches it off, and no teacher runs.
         ema_decay: Decay per step of the weight average.
         augmentation: Default: `Augmentation()`.
         num_workers: Processes that prepare images; the result does not depend on it.
         checkpoint_every: Steps between checkpoints, where `run` is given.
         run: Folder for checkpoints and log; an interrupted call with the same arguments goes on where it
-            stopped.
+            stopped, and a finished one is loaded.
         seed: Start of all random streams, where no `run` gives one.
-        stage: Name of the checkpoint and of the random streams.
+        stage: Name of the checkpoint and of the random streams. Default: "train"; with a `run`, later calls
+            on the same `Run` object are "train-2", "train-3", ... in the order of the calls.
         progress: Called as `progress(stage, step, steps, {"loss": ...})` after each step.
 
     Returns:
@@ -68,8 +69,8 @@ def train(
         passes), time.
 
     Raises:
-        InputError: an impossible setting, an unreadable image, classes that differ from the net's, or a loss
-            that is no longer finite.
+        InputError: an impossible setting, an unreadable image, classes that differ from the net's, a loss
+            that is no longer finite, or a checkpoint of this stage that was made with other settings.
 
     Source:
         DetOFA, arXiv:2303.13121 (training concentrates on paths that a filter accepts); BigNAS,
@@ -78,14 +79,15 @@ def train(
     Example:
         >>> import pfnas_fast as pf
         >>> data = pf.load_detection("digits")
-        >>> net = pf.DetectionSupernet(pf.load_space("tiny"), num_classes=data.num_classes,
-        backend="reference")
+        >>> net = pf.DetectionSupernet(pf.load_space("tiny"), num_classes=10, backend="reference")
         >>> result = pf.train(net, data.fit, steps=2, batch_size=2)
         >>> result["steps"]
         2
     """
     _check(net, dataset, steps, batch_size)
     seed = run.seed if run is not None else seed
+    if stage is None:
+        stage = run.next_name("train") if run is not None else "train"
     options = TrainOptions(
         schedule,
         steps,

@@ -8,6 +8,7 @@ None. The run folder must be one that all ranks see; only rank 0 writes to it.
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 
 import torch
@@ -35,7 +36,7 @@ def start_processes(device: str) -> None:
         return
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_TIMEOUT)
     if device == "cuda":
-        torch.cuda.set_device(dist.get_node_local_rank())
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def decide_together(value: bool) -> bool:

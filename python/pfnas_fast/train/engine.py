@@ -8,6 +8,7 @@ checkpoint to the very numbers of an uninterrupted run.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import time
 import zlib
@@ -38,8 +39,11 @@ class Task(Protocol):
         ...
 
     def backward(self, net: nn.Module, batch: Any, paths: list[Path], teacher: Teacher) -> dict[str, float]:
-        """Run every path forward and backward, each with weight 1 / len(paths); return mean losses for the
-        log."""
+        """Run every path forward and backward, each with weight 1 / len(paths).
+
+        Returns:
+            Mean losses for the log.
+        """
         ...
 
 
@@ -73,6 +77,13 @@ class TrainOptions:
         """Start of the stage's own random streams."""
         return (self.seed * 1_000_003 + stream_id(self.stage)) % 2**31
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings that decide the result, under the names that `train` gives them."""
+        settings = dataclasses.asdict(self)
+        del settings["checkpoint_every"]
+        settings["steps"] = settings.pop("num_steps")
+        return settings
+
 
 @dataclass
 class _LoopState:
@@ -100,16 +111,16 @@ def fit(
         `{"steps", "macs_t" (executed, in 10^12), "seconds"}`.
 
     Raises:
-        InputError: the loss is no longer finite (with advice), or the settings are impossible.
+        InputError: the loss is no longer finite (with advice), the settings are impossible, or the stage's
+            checkpoint was made with others.
     """
-    phases = make_phases(options.schedule, cost.space, options.num_steps)
-    saved = run.load(options.stage) if run is not None and run.has_checkpoint(options.stage) else None
+    phases = make_phases(options.schedule, cost.space, options.num_steps, distill=options.distill_weight != 0)
+    saved = _load(run, options)
     if saved is not None and saved["finished"]:
         net.load_state_dict(saved["model"])
         net.eval()
         return {"steps": options.num_steps, "macs_t": saved["macs_t"], "seconds": saved["seconds"]}
     state = _start(net, saved, options)
-    broadcast_parameters(net)
     begin = 0
     for phase in phases:
         end = begin + phase.num_steps
@@ -137,9 +148,25 @@ def stream_id(stage: str) -> int:
     return zlib.crc32(stage.encode())
 
 
+def _load(run: Run | None, options: TrainOptions) -> dict[str, Any] | None:
+    """The stage's checkpoint, if there is one; it must have been made with the same settings."""
+    if run is None or not run.has_checkpoint(options.stage):
+        return None
+    saved = run.load(options.stage)
+    old = saved.get("options", {})
+    for key, value in options.to_dict().items():
+        if old.get(key) != value:
+            raise InputError(
+                f"train: expected {key}={old.get(key)!r} (checkpoint {options.stage!r} in {run.folder} was "
+                f"made with it), got {value!r}; give another stage= or run="
+            )
+    return saved
+
+
 def _start(net: nn.Module, saved: dict[str, Any] | None, options: TrainOptions) -> _LoopState:
     if saved is not None:
         net.load_state_dict(saved["model"])
+    broadcast_parameters(net)  # before the average is cloned, so that all ranks average the same weights
     optimizer = make_optimizer(net, learning_rate=options.learning_rate, weight_decay=options.weight_decay)
     average = WeightAverage(net, decay=options.ema_decay)
     if saved is None:
@@ -255,6 +282,7 @@ def _save(
     content: dict[str, Any] = {
         "step": state.step,
         "finished": finished,
+        "options": options.to_dict(),
         "model": net.state_dict(),
         "macs_t": state.macs_t,
         "seconds": state.seconds,

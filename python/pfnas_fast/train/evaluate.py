@@ -26,6 +26,15 @@ class PathEvaluator:
 
     Raises:
         InputError: no calibration images, or classes that differ from the net's.
+
+    Example:
+        >>> import pfnas_fast as pf
+        >>> data = pf.load_detection("digits")
+        >>> net = pf.DetectionSupernet(pf.load_space("tiny"), num_classes=10, backend="reference")
+        >>> images, calib = data.select.subset(range(4)), data.calib.subset(range(8))
+        >>> evaluator = pf.PathEvaluator(net, images, calib=calib)
+        >>> 0 <= evaluator.metrics(net.space.min_path())["ap50"] <= 1
+        True
     """
 
     def __init__(
@@ -93,17 +102,18 @@ class PathEvaluator:
         return self.matches(self.detect(path)[0]).metrics()
 
     def matches(self, detections: list[Detection]) -> Matches:
-        """Detections of all images matched with the ground truth; numbers for any subset of the images follow
-        from it."""
+        """Match the detections of all images with the ground truth.
+
+        Numbers for any subset of the images follow from it.
+        """
         return self._judge.match(detections)
 
     def _add_losses(
         self, output: DetectorOutput, start: int, images: EvalImages, losses: tuple[list[float], list[float]]
     ) -> None:
         for parity, values in enumerate(losses):
-            rows = slice(
-                parity, None, 2
-            )  # batches have an even size, so places in the batch have the parity of the image
+            # Batches have an even size, so places in the batch have the parity of the image.
+            rows = slice(parity, None, 2)
             part = DetectorOutput(
                 output.logits[rows], output.ltrb[rows], output.centerness[rows], output.grid
             )

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Label paths with their quality, per budget bin (stage S3 of docs/method.md), and judge how noisy the labels
-are."""
+"""Label paths with their quality per budget bin (stage S3 of docs/method.md), and judge the labels' noise."""
 
 from __future__ import annotations
 
 import csv
 import json
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import nn
 
 from pfnas_fast.data import DetectionDataset
 from pfnas_fast.detection import DetectionSupernet
@@ -24,7 +25,7 @@ from pfnas_fast.train.evaluate import PathEvaluator
 METRICS = ("ap", "ap50", "neg_loss")
 CANDIDATE_LABELS = (*METRICS, "rank_mean")
 _VALUES = tuple(f"{metric}{suffix}" for metric in METRICS for suffix in ("", "_a", "_b"))
-_COLUMNS = ("index", "bin", "macs_m", "path", *_VALUES)
+_COLUMNS = ("index", "bin", "macs_m", "path", *_VALUES, "weights")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def label_paths(
     paths: Sequence[Path] | None = None,
     run: Run | None = None,
     seed: int = 0,
-    stage: str = "labels",
+    stage: str | None = None,
     progress: Progress | None = None,
 ) -> Labels:
     """Measure `per_bin` paths in each of `num_bins` budget bins of equal width in log MACs.
@@ -89,14 +90,16 @@ def label_paths(
         run: Rows are appended to `<stage>.csv` as they are measured, and an interrupted call goes on after
             the last.
         seed: Start of the random stream, where no `run` gives one.
-        stage: Name of the file and of the random stream.
+        stage: Name of the file and of the random stream. Default: "labels"; with a `run`, later calls on the
+            same `Run` object are "labels-2", "labels-3", ... in the order of the calls.
         progress: Called as `progress(stage, done, total, {"ap": ...})`.
 
     Returns:
         The labels.
 
     Raises:
-        InputError: fewer than 2 images, per_bin or num_bins below 1, or a file of other paths.
+        InputError: fewer than 2 images, per_bin or num_bins below 1, or a file of other paths or of other
+            weights.
 
     Source:
         DetOFA, arXiv:2303.13121 (relative performance under similar constraints); bins and noise treatment
@@ -106,25 +109,28 @@ def label_paths(
         >>> import pfnas_fast as pf
         >>> data = pf.load_detection("digits")
         >>> net = pf.DetectionSupernet(pf.load_space("tiny"), num_classes=10, backend="reference")
-        >>> labels = pf.label_paths(net, data.label.subset(range(8)), per_bin=1, num_bins=2,
-        calib=data.calib.subset(range(8)))
+        >>> images, calib = data.label.subset(range(8)), data.calib.subset(range(8))
+        >>> labels = pf.label_paths(net, images, per_bin=1, num_bins=2, calib=calib)
         >>> labels.ap.shape
         (2,)
     """
     if len(dataset) < 2:
         raise InputError(f"label_paths: expected at least 2 images in dataset, got {len(dataset)}")
     seed = run.seed if run is not None else seed
+    if stage is None:
+        stage = run.next_name("labels") if run is not None else "labels"
     if paths is None:
         drawn, bins = draw_labelled_paths(
             net.cost, per_bin=per_bin, num_bins=num_bins, seed=seed, stage=stage
         )
     else:
         drawn, bins = list(paths), budget_bins(net.cost, net.cost.macs_m(list(paths)), num_bins)
-    rows = _read_rows(run, stage, drawn)
+    weights = _fingerprint(net)
+    rows = _read_rows(run, stage, drawn, weights)
     evaluator = PathEvaluator(net, dataset, calib=calib)
     for index in range(len(rows), len(drawn)):
         clock = time.perf_counter()
-        row = _measure(evaluator, drawn[index], index, int(bins[index]))
+        row = _measure(evaluator, drawn[index], index, int(bins[index])) | {"weights": weights}
         rows.append(row)
         if run is not None:
             _append_row(run, stage, row)
@@ -140,8 +146,11 @@ def label_paths(
 def draw_labelled_paths(
     cost: CostModel, *, per_bin: int, num_bins: int, seed: int, stage: str
 ) -> tuple[list[Path], np.ndarray]:
-    """Draw distinct paths for each bin (fewer where a bin has fewer); returns them with their bins, int64
-    [n]."""
+    """Draw distinct paths for each bin, fewer where a bin has fewer.
+
+    Returns:
+        n paths and their bins, int64 [n].
+    """
     for name, value in (("per_bin", per_bin), ("num_bins", num_bins)):
         if value < 1:
             raise InputError(f"label_paths: expected at least 1 for {name}, got {value!r}")
@@ -166,13 +175,14 @@ def draw_labelled_paths(
 
 
 def bin_edges_m(cost: CostModel, num_bins: int) -> np.ndarray:
-    """Edges of bins of equal width in log MACs over the whole range of the space, float64 [num_bins + 1],
-    millions."""
+    """Edges of bins of equal width in log MACs over the whole range of the space.
+
+    Returns:
+        Millions of MACs, float64 [num_bins + 1].
+    """
     low, high = cost.range_m()
-    return (
-        np.exp(np.linspace(np.log(low), np.log(high), num_bins + 1))
-        * np.r_[1 - 1e-9, np.ones(num_bins - 1), 1 + 1e-9]
-    )
+    edges_m = np.exp(np.linspace(np.log(low), np.log(high), num_bins + 1))
+    return edges_m * np.r_[1 - 1e-9, np.ones(num_bins - 1), 1 + 1e-9]
 
 
 def budget_bins(cost: CostModel, macs_m: np.ndarray, num_bins: int) -> np.ndarray:
@@ -203,7 +213,16 @@ def _measure(evaluator: PathEvaluator, path: Path, index: int, bin_index: int) -
     return row
 
 
-def _read_rows(run: Run | None, stage: str, paths: list[Path]) -> list[dict[str, str]]:
+def _fingerprint(net: nn.Module) -> str:
+    """A name for this version of the weights: CRC-32 of all parameters, in hexadecimal."""
+    crc = 0
+    for name, parameter in sorted(net.named_parameters()):
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(parameter.detach().cpu().contiguous().numpy().tobytes(), crc)
+    return f"{crc:08x}"
+
+
+def _read_rows(run: Run | None, stage: str, paths: list[Path], weights: str) -> list[dict[str, str]]:
     """Rows measured before an interruption; a last line that a kill cut short is dropped from the file."""
     file = run.path(f"{stage}.csv") if run is not None else None
     if file is None or not file.exists():
@@ -214,6 +233,11 @@ def _read_rows(run: Run | None, stage: str, paths: list[Path]) -> list[dict[str,
         file.write_text(whole)
     rows = list(csv.DictReader(whole.splitlines()))
     for row, path in zip(rows, paths, strict=False):
+        if row.get("weights") != weights:
+            raise InputError(
+                f"label_paths: expected weights {row.get('weights')} (row {row['index']} of {file} was "
+                f"measured with them), got {weights}; give another stage= or run="
+            )
         if json.loads(row["path"]) != path.to_json():
             raise InputError(
                 f"label_paths: expected path {path.to_json()} in row {row['index']} of {file}, "

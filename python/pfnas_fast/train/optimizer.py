@@ -14,8 +14,9 @@ _FINAL_RATE_FRACTION = 0.02
 
 
 def make_optimizer(net: nn.Module, *, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; only convolution and linear weights decay (not BN, biases, or the kernel matrices, whose rest is
-    identity).
+    """AdamW in which only convolution and linear weights decay.
+
+    BN, biases and the kernel matrices (whose rest is the identity) do not.
 
     A parameter whose `grad` is None is skipped, so a layer that no sampled path used does not move.
     """
@@ -60,7 +61,8 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, net: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, [p.detach() for p in net.parameters()], 1 - decay)
+        now = [parameter.detach() for parameter in net.parameters()]
+        torch._foreach_lerp_(self.values, now, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def copy_to(self, net: nn.Module) -> None:

@@ -25,7 +25,8 @@ from pfnas_fast.space import CostModel, Path, Space, uniform_population
 _OFA_SHARES = (180, 120, 25, 120, 25, 120)
 _OFA_PATHS = (1, 1, 2, 2, 4, 4)
 _OFA_RATES = (1.0, 0.4, 0.1, 0.3, 0.1, 0.3)
-_EXPECTATION_DRAWS = 128
+_EXPECTATION_DRAWS = 4096
+_EXPECTATION_SEED = 0xE9
 _DRAWS = 8  # paths drawn at once, enough for one resolution to come up twice
 _ATTEMPT_SEED = 1_000_003
 
@@ -34,6 +35,8 @@ class PathSource(Protocol):
     """Where free paths come from (`pfnas_fast.filter.samplers`)."""
 
     def population_for_step(self, seed: int, step: int, n: int) -> np.ndarray: ...
+
+    def sample(self, rng: np.random.Generator, n: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,21 @@ class Phase:
     restricted: bool = False
 
 
-def make_phases(schedule: str, space: Space, num_steps: int) -> list[Phase]:
+def make_phases(schedule: str, space: Space, num_steps: int, *, distill: bool = True) -> list[Phase]:
     """Split `num_steps` into the phases of `schedule`.
+
+    Args:
+        schedule: "sandwich", "progressive" or "single".
+        space: The whole search space.
+        num_steps: Steps of all phases together.
+        distill: Whether there are teachers at all; without distillation none is run, nor charged for.
 
     Raises:
         InputError: unknown schedule, or fewer steps than phases.
     """
     if schedule == "sandwich":
-        return [Phase("sandwich", num_steps, space, 2, extremes=True, teacher="largest")]
+        teacher = "largest" if distill else "none"
+        return [Phase("sandwich", num_steps, space, 2, extremes=True, teacher=teacher)]
     if schedule == "single":
         return [Phase("single", num_steps, space, 1)]
     if schedule != "progressive":
@@ -81,6 +91,9 @@ def make_phases(schedule: str, space: Space, num_steps: int) -> list[Phase]:
         lengths[lengths.argmax()] -= 1
     opened = [(1, 1, 1), (9, 1, 1), (9, 2, 1), (9, 9, 1), (9, 9, 2), (9, 9, 9)]
     names = ("full", "kernel", "depth-1", "depth-2", "width-1", "width-2")
+    # Phase -> width whose channels are sorted on entering it; useless where no block has a narrower one.
+    num_widths = max(len(stage.expand_ratios) for stage in space.stages)
+    sorted_widths = {phase: width for phase, width in ((4, 0), (5, 1)) if num_widths > width + 1}
     return [
         Phase(
             name,
@@ -88,8 +101,8 @@ def make_phases(schedule: str, space: Space, num_steps: int) -> list[Phase]:
             restrict_space(space, *opened[i]),
             _OFA_PATHS[i],
             _OFA_RATES[i],
-            teacher="frozen" if i else "none",
-            sort_channels={4: 0, 5: 1}.get(i),
+            teacher="frozen" if i and distill else "none",
+            sort_channels=sorted_widths.get(i),
             restricted=i < len(names) - 1,
         )
         for i, name in enumerate(names)
@@ -113,10 +126,9 @@ def restrict_space(space: Space, num_kernel_sizes: int, num_depths: int, num_exp
 def plan_paths(phase: Phase, full_space: Space, sampler: PathSource, seed: int, step: int) -> list[Path]:
     """Draw the paths of one step, all of one resolution; with extremes, the largest comes first.
 
-    One resolution a step lets the largest path teach the others without a forward pass of its own: locations
-        of
-    teacher and student coincide. The first free path fixes the resolution and the others are drawn from the
-    sampler conditional on it, so each free path alone follows the sampler's distribution.
+    One resolution a step lets the largest path teach the others without a forward pass of its own, because
+    the locations of teacher and student coincide. The first free path fixes the resolution and the others
+    are drawn from the sampler conditional on it, so each free path alone follows the sampler's distribution.
     """
     paths: list[Path] = []
     resolution = None
@@ -140,16 +152,34 @@ def plan_paths(phase: Phase, full_space: Space, sampler: PathSource, seed: int, 
 
 
 def expected_step_macs_m(phase: Phase, cost: CostModel, sampler: PathSource) -> float:
-    """MACs one step executes per image, in millions: forward + backward = 3 forward passes."""
-    total = 0.0
-    for step in range(_EXPECTATION_DRAWS):
-        paths = plan_paths(phase, cost.space, sampler, 0, step)
-        total += step_macs_m(phase, cost, paths)
-    return total / _EXPECTATION_DRAWS
+    """Mean MACs that one step executes per image, in millions, from 4096 drawn paths.
+
+    The first free path is a draw of the sampler and fixes the resolution; the others are draws given that
+    resolution, so all of them have the mean of the sampler.
+    """
+    rng = np.random.default_rng([0, _EXPECTATION_SEED])
+    if phase.restricted:
+        drawn = uniform_population(phase.space, rng, _EXPECTATION_DRAWS)
+        drawn_cost = CostModel(phase.space, num_classes=cost.num_classes, task=cost.task)
+    else:
+        drawn, drawn_cost = sampler.sample(rng, _EXPECTATION_DRAWS), cost
+    macs_m = 3.0 * phase.num_free_paths * float(drawn_cost.macs_m(drawn).mean())
+    counts = np.bincount(drawn[:, -1].astype(np.int64) - 1, minlength=len(cost.space.resolutions))
+    for share, resolution in zip(counts / len(drawn), cost.space.resolutions, strict=True):
+        smallest_m, largest_m = cost.range_m(resolution)
+        if phase.extremes:
+            macs_m += share * 3.0 * (largest_m + smallest_m)
+        if phase.teacher == "frozen":
+            macs_m += share * largest_m
+    return macs_m
 
 
 def step_macs_m(phase: Phase, cost: CostModel, paths: list[Path]) -> float:
-    """MACs per image of a planned step, in millions; a frozen teacher adds one forward pass."""
+    """MACs per image of a planned step, in millions.
+
+    Forward and backward count as three forward passes; a frozen teacher adds one forward pass of the largest
+    path.
+    """
     macs_m = 3.0 * float(cost.macs_m(paths).sum())
     if phase.teacher == "frozen":
         macs_m += cost.path_macs_m(cost.space.max_path(paths[0].resolution))
@@ -157,14 +187,28 @@ def step_macs_m(phase: Phase, cost: CostModel, paths: list[Path]) -> float:
 
 
 def equal_compute_steps(
-    schedule: str, cost: CostModel, sampler: PathSource, reference: PathSource, sandwich_steps: int
+    schedule: str,
+    cost: CostModel,
+    sampler: PathSource,
+    reference: PathSource,
+    sandwich_steps: int,
+    *,
+    distill: bool = True,
 ) -> int:
-    """Steps of `schedule` that execute as many MACs as `sandwich_steps` sandwich steps with the sampler
-    `reference`."""
+    """Steps of `schedule` that execute as many MACs as `sandwich_steps` sandwich steps.
+
+    Args:
+        schedule: "sandwich", "progressive" or "single".
+        cost: Counts the MACs.
+        sampler: Bound sampler of `schedule`.
+        reference: Bound sampler of the sandwich steps.
+        sandwich_steps: Steps to compare with.
+        distill: Whether a frozen teacher runs, and is charged for.
+    """
     budget_m = sandwich_steps * expected_step_macs_m(
         make_phases("sandwich", cost.space, 1)[0], cost, reference
     )
     probe = 1000
-    phases = make_phases(schedule, cost.space, probe)
+    phases = make_phases(schedule, cost.space, probe, distill=distill)
     mean_m = sum(phase.num_steps * expected_step_macs_m(phase, cost, sampler) for phase in phases) / probe
     return max(round(budget_m / mean_m), len(phases))
