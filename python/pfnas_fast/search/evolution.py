@@ -95,6 +95,7 @@ def evolve(
     rng: np.random.Generator,
     top_k: int,
     pruned: Any = None,
+    resolution: int | None = None,
     config: EvolutionConfig | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Search one MACs window.
@@ -110,6 +111,7 @@ def evolve(
         pruned: `BudgetThresholds`, judged by the filter they were calibrated with (`pruned.scorer`), which
             may be another than `scorer`. What they accept breeds first and is returned first; the best
             rejected paths only fill up to `top_k`, so that every strategy gets as many evaluations.
+        resolution: Keep to this longest side, px; None = the resolution is a gene like the others.
         config: Sizes and rates.
 
     Returns:
@@ -143,6 +145,8 @@ def evolve(
         children = _children(rng, operators, parents, config.population, config)
         current, macs_m = operators.repair(rng, children, low_m, high_m)
         feasible = (macs_m >= low_m) & (macs_m <= high_m)
+        if resolution is not None:
+            feasible &= current[:, -1] == 1 + cost.space.resolutions.index(resolution)
         current, macs_m = current[feasible], macs_m[feasible]
     population = np.concatenate([inside.population, outside.population])[:top_k]
     return population, np.concatenate([inside.scores, outside.scores])[:top_k]
@@ -227,7 +231,16 @@ def search_candidates(
             low = smallest
         initial = sampler.sample(rng, config.num_initial, low, budget, resolution)
         population, _ = evolve(
-            flt, cost, initial, low, budget, rng=rng, top_k=top_k, pruned=pruned, config=config
+            flt,
+            cost,
+            initial,
+            low,
+            budget,
+            rng=rng,
+            top_k=top_k,
+            pruned=pruned,
+            resolution=resolution,
+            config=config,
         )
         found[budget] = population
     return found
