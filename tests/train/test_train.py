@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import contextlib
+import dataclasses
+import importlib
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,22 @@ def test_successive_calls_on_one_run_have_checkpoints_of_their_own(
     for steps in (2, 3):
         assert _train(_net(), data, run, steps=steps)["steps"] == steps
     assert [run.load(stage)["step"] for stage in ("train", "train-2")] == [2, 3]
+
+
+def test_progressive_on_one_width_without_a_teacher(
+    toy_detection: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # By name: the attribute `pfnas_fast.train` is the function.
+    detection = importlib.import_module("pfnas_fast.train.detection")
+    monkeypatch.setattr(detection, "_teach", lambda *_: pytest.fail("a teacher ran"))
+    tiny = pf.load_space("tiny")
+    stages = tuple(dataclasses.replace(stage, expand_ratios=(3,)) for stage in tiny.stages)
+    space, data = dataclasses.replace(tiny, stages=stages), pf.load_detection(toy_detection)
+    net = pf.DetectionSupernet(space, num_classes=2, backend="reference")
+    result = _train(net, data, None, schedule="progressive", distill_weight=0.0)
+    assert result["steps"] == STEPS
+    with pytest.raises(pytest.fail.Exception, match="a teacher ran"):
+        _train(net, data, None, schedule="progressive")
 
 
 def test_training_learns(toy_detection: Path) -> None:
