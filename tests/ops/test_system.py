@@ -12,7 +12,6 @@ import torch
 from pfnas_fast._system import (
     cpu_isa,
     force_cpu_isa,
-    openmp_runtimes,
     supported_cpu_isas,
     system_report,
 )
@@ -37,11 +36,17 @@ def test_unknown_tier_is_refused() -> None:
 
 
 def test_one_openmp_runtime() -> None:
-    """torch ships libgomp.so.1 under its plain name since 2.13: then both must share it."""
+    """torch ships libgomp.so.1 under its plain name since 2.13: then both must share it.
+
+    Asked in a fresh process: in this one other tests have loaded scikit-learn, which brings a libgomp of its
+    own.
+    """
     bundled = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
     if not bundled.exists():
         pytest.skip("this torch does not ship libgomp under its plain name")
-    assert openmp_runtimes() == (str(bundled.resolve()),)
+    program = "import pfnas_fast; from pfnas_fast._system import openmp_runtimes; print(openmp_runtimes())"
+    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == str((str(bundled.resolve()),))
 
 
 def test_report() -> None:

@@ -137,7 +137,7 @@ class _Dense(nn.Module):
 
 def _export_onnx(dense: nn.Module, example: Tensor, out: FilePath) -> list[Tensor]:
     try:
-        import onnxruntime
+        import onnxruntime  # pyright: ignore[reportMissingImports] - an optional extra
         import onnxscript  # noqa: F401 # pyright: ignore[reportMissingImports] - torch.onnx needs it
     except ImportError as error:
         raise InputError(

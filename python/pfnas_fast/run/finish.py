@@ -244,8 +244,9 @@ def _correlations(job: Job) -> dict[str, dict[str, float]]:
         ap, macs_m = np.array([row["ap"] for row in rows]), np.array([row["macs_m"] for row in rows])
         if len(rows) < 3 or np.ptp(ap) == 0:
             continue
-        pearson, kendall = stats.pearsonr(np.log(macs_m), ap), stats.kendalltau(macs_m, ap)
-        result[name] = {"num": len(rows), "pearson": float(pearson[0]), "kendall": float(kendall[0])}
+        pearson = float(np.corrcoef(np.log(macs_m), ap)[0, 1])
+        kendall = float(np.asarray(stats.kendalltau(macs_m, ap))[0])
+        result[name] = {"num": len(rows), "pearson": pearson, "kendall": kendall}
     return result
 
 

@@ -327,12 +327,14 @@ def train_sampler(job: Job) -> Sampler:
     return Filtered(space, job.load_filter(), keep=config.keep, epsilon=config.epsilon)
 
 
-def equal_steps(schedule: str, cost: CostModel, sampler: Sampler, sandwich_steps: int) -> int:
+def equal_steps(
+    schedule: str, cost: CostModel, sampler: Sampler, sandwich_steps: int, *, distill: bool
+) -> int:
     """Steps that execute the MACs of `sandwich_steps` sandwich steps with balanced paths."""
     if schedule == "sandwich" and type(sampler) is Balanced:
         return sandwich_steps
     balanced = Balanced(cost.space).bind(cost)
-    return equal_compute_steps(schedule, cost, sampler.bind(cost), balanced, sandwich_steps)
+    return equal_compute_steps(schedule, cost, sampler.bind(cost), balanced, sandwich_steps, distill=distill)
 
 
 def training_steps(config: RunConfig, cost: CostModel) -> dict[str, int]:
@@ -342,17 +344,19 @@ def training_steps(config: RunConfig, cost: CostModel) -> dict[str, int]:
         "uniform": Uniform(space),
         "random_prune": RandomPrune(space, keep=config.keep, seed=config.seed),
     }.get(config.sampler, Balanced(space))
+    distill = config.distill_weight != 0
     if config.uses_filter:
-        train_steps = equal_steps(config.schedule, cost, sampler, config.train_steps)
+        train_steps = equal_steps(config.schedule, cost, sampler, config.train_steps, distill=distill)
         return {"warmup": config.warmup_steps, "train": train_steps}
-    return {"train": equal_steps(config.schedule, cost, sampler, config.warmup_steps + config.train_steps)}
+    total = config.warmup_steps + config.train_steps
+    return {"train": equal_steps(config.schedule, cost, sampler, total, distill=distill)}
 
 
 def _train(
     job: Job, net: DetectionSupernet, sampler: Sampler, stage: str, schedule: str, sandwich_steps: int
 ) -> None:
     config = job.config
-    steps = equal_steps(schedule, job.cost, sampler, sandwich_steps)
+    steps = equal_steps(schedule, job.cost, sampler, sandwich_steps, distill=config.distill_weight != 0)
     if isinstance(sampler, Filtered):
         sampler.decay_steps = steps
     train(
