@@ -89,8 +89,9 @@ def test_batch_equals_single_images():
     for i, found in enumerate(postprocess(out)):
         (single,) = postprocess(out.select(i))
         assert len(found) > 10
-        assert torch.equal(found.boxes, single.boxes)
-        assert torch.equal(found.scores, single.scores)
+        # close, not equal: torch's vectorised exp rounds otherwise at the ends of a tensor
+        torch.testing.assert_close(found.boxes, single.boxes)
+        torch.testing.assert_close(found.scores, single.scores)
         assert (found.scores.diff() <= 0).all()
 
 
