@@ -8,15 +8,16 @@
 //          from them
 //                       | fold the partial filter gradients, then back through the matrices to the bank
 //
-// Included headers hold one step each: filter.h (derivation), planes.h (packing and cutting), tiles.h
-// (registers).
-#include "common/check.h"
+// Included headers hold one step each: filter.h (derivation), planes.h (packing), tiles.h (registers), rows.h
+// (which tiles a shape runs), walk.h (cutting), steps.h (a step on packed planes).
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/simd.h"
 #include "kernels/dynamic_depthwise_conv/filter.h"
 #include "kernels/dynamic_depthwise_conv/params.h"
 #include "kernels/dynamic_depthwise_conv/planes.h"
+#include "kernels/dynamic_depthwise_conv/rows.h"
+#include "kernels/dynamic_depthwise_conv/steps.h"
 #include "kernels/dynamic_depthwise_conv/tiles.h"
 #include "kernels/dynamic_depthwise_conv/walk.h"
 
@@ -24,161 +25,6 @@ namespace pfnas::PFNAS_TIER {
 namespace {
 
 using Params = DynamicDepthwiseConvParams;
-
-// The functions a shape runs, with the widths of their tiles.
-struct RowKernels {
-  void (*forward)(const ConvJob&) = nullptr;
-  void (*grad_input)(const ConvJob&) = nullptr;
-  void (*grad_filter)(const GradFilterJob&) = nullptr;
-  int forward_width = 0;
-  int grad_input_width = 0;
-  int grad_filter_width = 0;
-};
-
-// Columns computed when `width` is covered by tiles of `tile`, plus what starting a tile costs (K loads of
-// the taps).
-double cover_cost(std::int64_t width, int tile) {
-  return static_cast<double>(ceil_div(width, tile)) * (tile + 1.0);
-}
-
-template <int K, int S, int kWidth>
-void offer_width(std::int64_t width, std::int64_t out_width, RowKernels& best) {
-  if constexpr (kWidth + K + 1 <= kNumRegisters) {
-    if (best.forward == nullptr ||
-        cover_cost(out_width, kWidth) < cover_cost(out_width, best.forward_width)) {
-      best.forward = forward_rows<K, S, kWidth>;
-      best.forward_width = kWidth;
-    }
-    if constexpr (kWidth % S == 0) {
-      if (best.grad_input == nullptr ||
-          cover_cost(width, kWidth) < cover_cost(width, best.grad_input_width)) {
-        best.grad_input = grad_input_rows<K, S, kWidth>;
-        best.grad_input_width = kWidth;
-      }
-    }
-  }
-  if constexpr (kWidth + K * grad_filter_num_rows(K) + 1 <= kNumRegisters) {
-    if (best.grad_filter == nullptr ||
-        cover_cost(out_width, kWidth) < cover_cost(out_width, best.grad_filter_width)) {
-      best.grad_filter = grad_filter_rows<K, S, kWidth>;
-      best.grad_filter_width = kWidth;
-    }
-  }
-}
-
-// Widths that tile the maps of 160- and 224-px nets (5, 10, 20, 40, 80 and 7, 14, 28, 56) with little waste.
-template <int K, int S>
-RowKernels select_rows(const Params& p) {
-  RowKernels best;
-  offer_width<K, S, 4>(p.width, p.out_width, best);
-  offer_width<K, S, 5>(p.width, p.out_width, best);
-  offer_width<K, S, 6>(p.width, p.out_width, best);
-  offer_width<K, S, 7>(p.width, p.out_width, best);
-  offer_width<K, S, 8>(p.width, p.out_width, best);
-  offer_width<K, S, 10>(p.width, p.out_width, best);
-  offer_width<K, S, 14>(p.width, p.out_width, best);
-  return best;
-}
-
-RowKernels select_rows(const Params& p) {
-  switch (p.kernel_size * 10 + p.stride) {
-    case 31:
-      return select_rows<3, 1>(p);
-    case 32:
-      return select_rows<3, 2>(p);
-    case 51:
-      return select_rows<5, 1>(p);
-    case 52:
-      return select_rows<5, 2>(p);
-    case 71:
-      return select_rows<7, 1>(p);
-    case 72:
-      return select_rows<7, 2>(p);
-    default:
-      PFNAS_CHECK(false);
-  }
-  return {};
-}
-
-double conv_flops(const Params& p) {
-  return 2.0 * static_cast<double>(p.batch * p.channels * p.out_height * p.out_width) * p.kernel_size *
-         p.kernel_size;
-}
-
-int valid_channels(const Params& p, std::int64_t block) {
-  return static_cast<int>(min_of<std::int64_t>(kBlock, p.channels - block * kBlock));
-}
-
-Image x_image(const Params& p, const float* data) { return {data, p.height, p.width, p.channels}; }
-Image y_image(const Params& p, const float* data) { return {data, p.out_height, p.out_width, p.channels}; }
-
-std::int64_t round_up(std::int64_t value, std::int64_t step) { return ceil_div(value, step) * step; }
-
-// Pitches: the columns that the tiles read, which may reach beyond the image where a tile does.
-Planes input_planes(const Params& p, const RowKernels& rows) {
-  const std::int64_t tiled =
-      max_of(round_up(p.out_width, rows.forward_width), round_up(p.out_width, rows.grad_filter_width));
-  Planes x;
-  x.pad = p.kernel_size / 2;
-  x.width = p.width;
-  x.height = p.height;
-  x.pitch = max_of(x.pad + x.width, (tiled - 1) * p.stride + p.kernel_size);
-  return x;
-}
-
-Planes grad_planes(const Params& p, const RowKernels& rows) {
-  const std::int64_t half = p.kernel_size / 2;
-  const std::int64_t last_read = (round_up(p.width, rows.grad_input_width) - 1 + half) / p.stride;
-  Planes g;
-  g.pad = half;
-  g.width = p.out_width;
-  g.height = p.out_height;
-  g.pitch = half + max_of(round_up(p.out_width, rows.grad_filter_width), last_read + 1);
-  return g;
-}
-
-// Rows of x that rows [begin, end) of y read.
-std::int64_t first_input_row(const Params& p, std::int64_t begin) {
-  return max_of<std::int64_t>(0, begin * p.stride - p.kernel_size / 2);
-}
-std::int64_t end_input_row(const Params& p, std::int64_t end) {
-  return min_of<std::int64_t>(p.height, (end - 1) * p.stride - p.kernel_size / 2 + p.kernel_size);
-}
-
-ConvJob conv_job(const Image& out, float* data, const Step& step) {
-  ConvJob job{};
-  job.out = data + step.image * out.image_stride() + step.block * kBlock;
-  job.out_image_stride = out.image_stride();
-  job.out_row_stride = out.row_stride();
-  job.out_col_stride = out.channels;
-  job.out_width = out.width;
-  job.num_images = step.num_images;
-  return job;
-}
-
-// Runs one kind of tile over rows [begin, end) of the output; a few rows for one vector of channels, then for
-// the next, so that the two halves of an output line are written while it is in L1. The first vector also
-// fetches ahead.
-void run_conv(void (*kernel)(const ConvJob&), ConvJob job, const Planes& in, const float* filter, int valid,
-              std::int64_t begin, std::int64_t end) {
-  constexpr std::int64_t kRowsPerTurn = 8;
-  float* out = job.out;
-  const ConvJob fetching = job;
-  for (std::int64_t y = begin; y < end; y += kRowsPerTurn) {
-    for (int v = 0; v * kLanes < valid; ++v) {
-      job.ahead_in = v == 0 ? fetching.ahead_in : Ahead{};
-      job.ahead_x = v == 0 ? fetching.ahead_x : Ahead{};
-      job.ahead_out = v == 0 ? fetching.ahead_out : Ahead{};
-      job.in = in.view(v);
-      job.filter = filter + v * kLanes;
-      job.out = out + v * kLanes;
-      job.lanes = min_of(kLanes, valid - v * kLanes);
-      job.y_begin = y;
-      job.y_end = min_of(end, y + kRowsPerTurn);
-      kernel(job);
-    }
-  }
-}
 
 void forward_step(const Params& p, const RowKernels& rows, const Step& step, const Step* next,
                   const float* filter, Planes& x) {
@@ -217,58 +63,6 @@ void forward(const Params& p) {
       step = next;
     }
   });
-}
-
-// What one worker of the backward pass holds.
-struct BackwardScratch {
-  Planes x;
-  Planes grad_y;
-  float* zero_row;     // [columns of x][lanes]
-  float* grad_filter;  // [K * K][16], of one step
-
-  std::int64_t size() const { return x.size() + grad_y.size() + x.row_stride() + kMaxTaps * kBlock; }
-  void place(float* memory) {
-    x.data = memory;
-    grad_y.data = x.data + x.size();
-    zero_row = grad_y.data + grad_y.size();
-    grad_filter = zero_row + x.row_stride();
-    x.clear_borders();
-    grad_y.clear_borders();
-    for (std::int64_t i = 0; i < x.row_stride(); ++i) zero_row[i] = 0.0f;
-  }
-};
-
-// Rows (or images, where they are small) are taken in turns whose planes stay in L1 while every filter row
-// passes over them. `sum`, [K * K][16], is added to: first summed over the step, then folded, which keeps the
-// rounding small.
-void grad_filter_step(const Params& p, const RowKernels& rows, BackwardScratch& s, const Step& step,
-                      GradFilterJob job, float* sum) {
-  constexpr std::int64_t kTurnFloats = 4 * 1024;
-  const std::int64_t taps = p.kernel_size * p.kernel_size;
-  const std::int64_t row_floats = p.stride * s.x.row_stride() + s.grad_y.row_stride();
-  const std::int64_t turn_rows =
-      min_of(step.end - step.begin, max_of<std::int64_t>(1, kTurnFloats / row_floats));
-  const std::int64_t turn_images = max_of<std::int64_t>(1, kTurnFloats / (row_floats * p.out_height));
-  const int valid = valid_channels(p, step.block);
-  const GradFilterJob fetching = job;
-  job.zero_row = s.zero_row;
-  job.out_width = p.out_width;
-  for (std::int64_t i = 0; i < taps * kBlock; ++i) s.grad_filter[i] = 0.0f;
-  for (job.image_begin = 0; job.image_begin < step.num_images; job.image_begin = job.image_end) {
-    job.image_end = min_of(step.num_images, job.image_begin + turn_images);
-    for (job.y_begin = step.begin; job.y_begin < step.end; job.y_begin = job.y_end) {
-      job.y_end = min_of(step.end, job.y_begin + turn_rows);
-      for (int v = 0; v * kLanes < valid; ++v) {
-        job.ahead_x = v == 0 ? fetching.ahead_x : Ahead{};
-        job.ahead_grad_y = v == 0 ? fetching.ahead_grad_y : Ahead{};
-        job.x = s.x.view(v);
-        job.grad_y = s.grad_y.view(v);
-        job.grad = s.grad_filter + v * kLanes;
-        rows.grad_filter(job);
-      }
-    }
-  }
-  for (std::int64_t i = 0; i < taps * kBlock; ++i) sum[i] += s.grad_filter[i];
 }
 
 // One slab of one block of channels: grad_x, and the filter gradient added to `sum`. grad_y is packed once
