@@ -12,7 +12,7 @@ import sys
 
 from harness import Effort, Row, compare, prepare_process
 
-SUITES = {"depthwise": "suite_depthwise"}
+SUITES = {"depthwise": "suite_depthwise", "pointwise": "suite_pointwise"}
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -72,4 +72,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_built") = false;
   m.attr("compiler") = __VERSION__;
   pfnas::register_dynamic_depthwise_conv(m);
+  pfnas::register_dynamic_pointwise_conv(m);
 }

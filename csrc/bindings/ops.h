@@ -7,5 +7,6 @@
 namespace pfnas {
 
 void register_dynamic_depthwise_conv(pybind11::module_& m);
+void register_dynamic_pointwise_conv(pybind11::module_& m);
 
 }  // namespace pfnas

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #ifndef PFNAS_TIER
 #error "compile kernels with -DPFNAS_TIER=<tier>"
 #endif
@@ -51,7 +55,36 @@ static PFNAS_INLINE Vec broadcast(float value) {
   return value - Vec{};
 }  // minus, not plus: keeps the sign of -0.0
 
-static PFNAS_INLINE Vec load_lanes(const float* p, int num_lanes) {  // the lanes beyond num_lanes are zero
+// Whether kLanes floats are one register of these instructions. (A test compiles 16 lanes for narrower CPUs.)
+#if defined(__AVX512F__) && PFNAS_LANES == 16
+#define PFNAS_NATIVE_512 1
+#elif defined(__AVX2__) && PFNAS_LANES == 8
+#define PFNAS_NATIVE_256 1
+#endif
+
+// num_lanes in [0, kLanes]; the lanes beyond it are read as zero and not written.
+#if defined(PFNAS_NATIVE_512)
+static PFNAS_INLINE __mmask16 lane_mask(int num_lanes) {
+  return static_cast<__mmask16>((1u << num_lanes) - 1u);
+}
+static PFNAS_INLINE Vec load_lanes(const float* p, int num_lanes) {
+  return _mm512_maskz_loadu_ps(lane_mask(num_lanes), p);
+}
+static PFNAS_INLINE void store_lanes(float* p, Vec v, int num_lanes) {
+  _mm512_mask_storeu_ps(p, lane_mask(num_lanes), v);
+}
+#elif defined(PFNAS_NATIVE_256)
+static PFNAS_INLINE __m256i lane_mask(int num_lanes) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(num_lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+static PFNAS_INLINE Vec load_lanes(const float* p, int num_lanes) {
+  return _mm256_maskload_ps(p, lane_mask(num_lanes));
+}
+static PFNAS_INLINE void store_lanes(float* p, Vec v, int num_lanes) {
+  _mm256_maskstore_ps(p, lane_mask(num_lanes), v);
+}
+#else
+static PFNAS_INLINE Vec load_lanes(const float* p, int num_lanes) {
   Vec v{};
   std::memcpy(&v, p, static_cast<std::size_t>(num_lanes) * sizeof(float));
   return v;
@@ -59,6 +92,20 @@ static PFNAS_INLINE Vec load_lanes(const float* p, int num_lanes) {  // the lane
 static PFNAS_INLINE void store_lanes(float* p, Vec v, int num_lanes) {
   std::memcpy(p, &v, static_cast<std::size_t>(num_lanes) * sizeof(float));
 }
+#endif
+
+// max(v, low) and min(v, high) that let NaN in v through: x86 returns the second operand where one is NaN.
+#if defined(PFNAS_NATIVE_512)
+// (The zero-masking forms, because GCC 12 warns of its own header's _mm512_undefined_ps in the plain ones.)
+static PFNAS_INLINE Vec at_least(Vec v, Vec low) { return _mm512_maskz_max_ps(0xffff, low, v); }
+static PFNAS_INLINE Vec at_most(Vec v, Vec high) { return _mm512_maskz_min_ps(0xffff, high, v); }
+#elif defined(PFNAS_NATIVE_256)
+static PFNAS_INLINE Vec at_least(Vec v, Vec low) { return _mm256_max_ps(low, v); }
+static PFNAS_INLINE Vec at_most(Vec v, Vec high) { return _mm256_min_ps(high, v); }
+#else
+static PFNAS_INLINE Vec at_least(Vec v, Vec low) { return v < low ? low : v; }
+static PFNAS_INLINE Vec at_most(Vec v, Vec high) { return high < v ? high : v; }
+#endif
 
 template <class T>
 static PFNAS_INLINE T min_of(T a, T b) {

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cuh", ".cu"))
-KERNEL = CSRC / "kernels" / "dynamic_depthwise_conv" / "dynamic_depthwise_conv_cpu.cpp"
+KERNELS = sorted(CSRC.glob("kernels/*/*_cpu.cpp"))
 
 
 def includes(path: Path) -> list[str]:
@@ -76,7 +76,7 @@ def sixteen_lanes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if cpu_runs_avx2():
         flags += ["-mavx2", "-mfma"]
     flags += ["-DPFNAS_TIER=portable", "-DPFNAS_LANES=16", "-DPFNAS_REGISTERS=32", f"-I{CSRC}"]
-    sources = [KERNEL, ROOT / "tests" / "csrc" / "test_kernels.cpp", *sorted((CSRC / "common").glob("*.cpp"))]
+    sources = [*KERNELS, ROOT / "tests" / "csrc" / "test_kernels.cpp", *sorted((CSRC / "common").glob("*.cpp"))]
     for source in sources:
         subprocess.run([compiler, *flags, "-c", source, "-o", folder / f"{source.stem}.o"], check=True)
     subprocess.run([compiler, "-fopenmp", *folder.glob("*.o"), "-o", folder / "test_kernels"], check=True)
@@ -88,13 +88,14 @@ def test_sixteen_lane_kernels(sixteen_lanes: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_tiers_share_no_inline_code(sixteen_lanes: Path) -> None:
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.parent.name)
+def test_tiers_share_no_inline_code(kernel: Path, sixteen_lanes: Path) -> None:
     """The linker merges a function that two tiers emit: the slow tier could then run the fast tier's code."""
     nm = shutil.which("nm")
     if nm is None or platform.system() != "Linux":
         pytest.skip("needs nm on Linux")
     listing = subprocess.run(
-        [nm, "-C", sixteen_lanes / f"{KERNEL.stem}.o"], capture_output=True, text=True, check=True
+        [nm, "-C", sixteen_lanes / f"{kernel.stem}.o"], capture_output=True, text=True, check=True
     ).stdout
     weak = re.findall(r"^\S+ [WVu] (.*)$", listing, flags=re.MULTILINE)
     assert weak  # the register tiles are templates

@@ -3,5 +3,6 @@
 
 from pfnas_fast.ops import reference
 from pfnas_fast.ops.dynamic_depthwise_conv import dynamic_depthwise_conv
+from pfnas_fast.ops.dynamic_pointwise_conv import dynamic_pointwise_conv, pack_pointwise_weight
 
-__all__ = ["dynamic_depthwise_conv", "reference"]
+__all__ = ["dynamic_depthwise_conv", "dynamic_pointwise_conv", "pack_pointwise_weight", "reference"]

@@ -4,7 +4,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["derive_filter", "dynamic_depthwise_conv"]
+__all__ = ["apply_activation", "derive_filter", "dynamic_depthwise_conv", "dynamic_pointwise_conv"]
 
 
 def _centre(weight: Tensor, size: int) -> Tensor:
@@ -53,3 +53,30 @@ def dynamic_depthwise_conv(
     channels = x.shape[1]  # [N, C, H, W]
     taps = derive_filter(weight[:channels], matrix_5, matrix_3, kernel_size)  # [C, 1, k, k]
     return F.conv2d(x, taps, stride=stride, padding=kernel_size // 2, groups=channels)
+
+
+def apply_activation(x: Tensor, activation: str | None) -> Tensor:
+    """``"relu"``, ``"hswish"`` or None on any shape."""
+    if activation is None:
+        return x
+    return {"relu": F.relu, "hswish": F.hardswish}[activation](x)
+
+
+def dynamic_pointwise_conv(
+    x: Tensor,
+    panels: Tensor,
+    *,
+    out_channels: int,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Twin of `pfnas_fast.ops.dynamic_pointwise_conv`: same arguments and result, all derivatives."""
+    weight = panels.transpose(1, 2).flatten(0, 1)[:out_channels, : x.shape[1]]  # [O, C]
+    y = F.conv2d(x, weight[:, :, None, None])
+    if scale is not None:
+        y = y * scale[:, None, None]
+    if shift is not None:
+        y = y + shift[:, None, None]
+    return apply_activation(y if residual is None else y + residual, activation)
