@@ -76,7 +76,11 @@ def sixteen_lanes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if cpu_runs_avx2():
         flags += ["-mavx2", "-mfma"]
     flags += ["-DPFNAS_TIER=portable", "-DPFNAS_LANES=16", "-DPFNAS_REGISTERS=32", f"-I{CSRC}"]
-    sources = [*KERNELS, ROOT / "tests" / "csrc" / "test_kernels.cpp", *sorted((CSRC / "common").glob("*.cpp"))]
+    sources = [
+        *KERNELS,
+        ROOT / "tests" / "csrc" / "test_kernels.cpp",
+        *sorted((CSRC / "common").glob("*.cpp")),
+    ]
     for source in sources:
         subprocess.run([compiler, *flags, "-c", source, "-o", folder / f"{source.stem}.o"], check=True)
     subprocess.run([compiler, "-fopenmp", *folder.glob("*.o"), "-o", folder / "test_kernels"], check=True)

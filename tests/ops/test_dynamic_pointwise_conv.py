@@ -57,6 +57,10 @@ def make(case: Case, seed: int = 0) -> dict[str, Any]:
     }
 
 
+def changed(arguments: dict[str, Any], **change: Any) -> dict[str, Any]:
+    return {**arguments, **change}
+
+
 def double(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: v.double() if isinstance(v, Tensor) else v for name, v in arguments.items()}
 
@@ -64,7 +68,7 @@ def double(arguments: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("activation", [None, "relu", "hswish"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_values(case: Case, activation: str | None, tier: str) -> None:
-    arguments = make(case, seed=case.out) | {"activation": activation}
+    arguments = changed(make(case, seed=case.out), activation=activation)
     y = dynamic_pointwise_conv(**arguments)
     assert y.is_contiguous(memory_format=torch.channels_last)
     expected = reference.dynamic_pointwise_conv(**double(arguments))
@@ -73,17 +77,17 @@ def test_values(case: Case, activation: str | None, tier: str) -> None:
 
 @pytest.mark.parametrize("left_out", ["scale", "shift", "residual"])
 def test_epilogue_parts_are_optional(left_out: str, tier: str) -> None:
-    arguments = make(Case(2, 20, 4, 7, 56)) | {left_out: None}
+    arguments: dict[str, Any] = changed(make(Case(2, 20, 4, 7, 56)), **{left_out: None})
     expected = reference.dynamic_pointwise_conv(**double(arguments))
     assert_close_to_reference(dynamic_pointwise_conv(**arguments), expected, 23, "y")
 
 
 def test_every_width_is_a_prefix(tier: str) -> None:
     """All widths of one packed weight give the outputs of the largest."""
-    arguments = make(Case(1, 24, 5, 5, 144)) | {"scale": None, "shift": None, "residual": None}
+    arguments = changed(make(Case(1, 24, 5, 5, 144)), scale=None, shift=None, residual=None)
     full = dynamic_pointwise_conv(**arguments)
     for width in range(8, 145, 8):
-        assert torch.equal(dynamic_pointwise_conv(**arguments | {"out_channels": width}), full[:, :width])
+        assert torch.equal(dynamic_pointwise_conv(**changed(arguments, out_channels=width)), full[:, :width])
 
 
 def test_packing_pads_with_zeros() -> None:
@@ -102,7 +106,7 @@ def test_any_layout_is_accepted(layout: str) -> None:
     if layout == "sliced":
         wide = torch.cat([x, x], dim=1).contiguous(memory_format=torch.channels_last)
         x = wide[:, :16]
-    assert torch.equal(dynamic_pointwise_conv(**arguments | {"x": x}), expected)
+    assert torch.equal(dynamic_pointwise_conv(**changed(arguments, x=x)), expected)
 
 
 def test_same_bits_for_any_number_of_threads(num_threads: None) -> None:
@@ -150,9 +154,13 @@ def test_nan_in_gives_nan_out(activation: str | None, tier: str) -> None:
     ],
 )
 def test_mistakes_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments = {"x": torch.zeros(1, 8, 2, 2), "panels": torch.zeros(1, 8, 48), "out_channels": 16}
+    arguments: dict[str, Any] = {
+        "x": torch.zeros(1, 8, 2, 2),
+        "panels": torch.zeros(1, 8, 48),
+        "out_channels": 16,
+    }
     with pytest.raises(error) as caught:
-        dynamic_pointwise_conv(**(arguments | change))
+        dynamic_pointwise_conv(**changed(arguments, **change))
     assert str(caught.value).startswith("dynamic_pointwise_conv: expected ")
     assert message in str(caught.value)
 
