@@ -51,6 +51,17 @@ typedef float UnalignedVec __attribute__((vector_size(kLanes * 4), aligned(4), m
 
 static PFNAS_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 static PFNAS_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+// Past the caches, for outputs that would not stay in them: a plain store first reads the line it overwrites.
+// `p` is aligned to the vector, which is a whole cache line; ends with `stream_fence` on the same thread.
+#if defined(__AVX512F__) && PFNAS_LANES == 16
+constexpr bool kCanStream = true;
+static PFNAS_INLINE void stream(float* p, Vec v) { _mm512_stream_ps(p, reinterpret_cast<__m512>(v)); }
+static PFNAS_INLINE void stream_fence() { _mm_sfence(); }
+#else
+constexpr bool kCanStream = false;
+static PFNAS_INLINE void stream(float* p, Vec v) { store(p, v); }
+static PFNAS_INLINE void stream_fence() {}
+#endif
 static PFNAS_INLINE Vec broadcast(float value) {
   return value - Vec{};
 }  // minus, not plus: keeps the sign of -0.0

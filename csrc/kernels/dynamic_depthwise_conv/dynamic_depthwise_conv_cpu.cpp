@@ -32,9 +32,9 @@ void forward_step(const Params& p, const RowKernels& rows, const Step& step, con
   const int valid = valid_channels(p, step.block);
   x.pack(p.x + step.image * from.image_stride() + step.block * kBlock, from, valid, step.num_images,
          first_input_row(p, step.begin), end_input_row(p, step.end));
-  ConvJob job = conv_job(to, p.y, step);
+  ConvJob job = conv_job(to, p.batch, p.y, step);
   job.ahead_in = look_ahead(from, step, next, p.stride, p.kernel_size / 2);
-  job.ahead_out = look_ahead(to, step, next, 1, 0);
+  if (!job.streams) job.ahead_out = look_ahead(to, step, next, 1, 0);
   run_conv(rows.forward, job, x, filter, valid, step.begin, step.end);
 }
 
@@ -62,6 +62,7 @@ void forward(const Params& p) {
                    filters.filter + step.block * taps * kBlock, x);
       step = next;
     }
+    stream_fence();
   });
 }
 
@@ -89,10 +90,10 @@ void backward_step(const Params& p, const RowKernels& rows, const Step& step, co
     grad_filter_step(p, rows, s, step, job, sum);
   }
   if (p.grad_x == nullptr) return;
-  ConvJob job = conv_job(grad_x, p.grad_x, step);
+  ConvJob job = conv_job(grad_x, p.batch, p.grad_x, step);
   job.ahead_in = ahead_grad_y;
   job.ahead_x = ahead_x;
-  job.ahead_out = look_ahead(grad_x, step, next, p.stride, 0);
+  if (!job.streams) job.ahead_out = look_ahead(grad_x, step, next, p.stride, 0);
   run_conv(rows.grad_input, job, s.grad_y, filter, valid, step.begin * p.stride,
            min_of(p.height, step.end * p.stride));
 }
@@ -128,6 +129,7 @@ void backward(const Params& p) {
                     sums + offset, scratch);
       step = next;
     }
+    stream_fence();
   });
   if (p.grad_bank == nullptr) return;
   for (std::int64_t group = 1; group < cut.num_groups; ++group) {

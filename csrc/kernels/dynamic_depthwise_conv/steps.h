@@ -11,7 +11,16 @@
 
 namespace pfnas::PFNAS_TIER {
 
-static inline ConvJob conv_job(const Image& out, float* data, const Step& step) {
+// Whether whole lines of an output are written and there are more of them than a cache keeps until the next
+// op reads them.
+static inline bool streams_past_caches(const Image& out, std::int64_t batch, const float* data) {
+  constexpr std::int64_t kMinFloats = 8 << 20;  // 32 MB
+  return kCanStream && out.channels % kLanes == 0 &&
+         reinterpret_cast<std::uintptr_t>(data) % sizeof(Vec) == 0 &&
+         batch * out.image_stride() >= kMinFloats;
+}
+
+static inline ConvJob conv_job(const Image& out, std::int64_t batch, float* data, const Step& step) {
   ConvJob job{};
   job.out = data + step.image * out.image_stride() + step.block * kBlock;
   job.out_image_stride = out.image_stride();
@@ -19,6 +28,7 @@ static inline ConvJob conv_job(const Image& out, float* data, const Step& step) 
   job.out_col_stride = out.channels;
   job.out_width = out.width;
   job.num_images = step.num_images;
+  job.streams = streams_past_caches(out, batch, data);
   return job;
 }
 

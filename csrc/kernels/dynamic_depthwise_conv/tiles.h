@@ -54,6 +54,7 @@ struct ConvJob {
   std::int64_t num_images;
   std::int64_t y_begin, y_end;  // rows of the output
   int lanes;                    // channels of the vector that exist
+  bool streams;                 // the output goes past the caches
   Ahead ahead_in, ahead_out;    // forward: x and y; gradient to the input: grad_y and grad_x
   Ahead ahead_x;                // gradient to the input only
 };
@@ -61,6 +62,10 @@ struct ConvJob {
 template <int kWidth>
 static PFNAS_INLINE void store_tile(const Vec (&sums)[kWidth], const ConvJob& job, float* out,
                                     std::int64_t num_cols) {
+  if (kCanStream && job.streams && num_cols == kWidth) {
+    PFNAS_UNROLL for (int i = 0; i < kWidth; ++i) stream(out + i * job.out_col_stride, sums[i]);
+    return;
+  }
   if (num_cols == kWidth && job.lanes == kLanes) {
     PFNAS_UNROLL for (int i = 0; i < kWidth; ++i) store(out + i * job.out_col_stride, sums[i]);
     return;

@@ -56,19 +56,23 @@ struct Cut {
 
 // `floats_per_row`: packed floats behind one row of y.
 static inline Cut cut_call(const DynamicDepthwiseConvParams& p, double flops, std::int64_t floats_per_row) {
-  // Enough items for 16 threads or so; more channel ranges than image groups, because every group has its own
-  // partial sums of the filter gradient to fold.
+  // Enough items for 16 threads or so. Image groups rather than channel ranges: an item that holds all the
+  // channels of its rows walks through memory in order. But every group has its own partial sums of the
+  // filter gradient to fold, so it gets enough rows to outweigh them.
   constexpr double kFlopsPerItem = 2e6;
-  constexpr std::int64_t kMaxItems = 64, kMaxRanges = 16;
+  constexpr std::int64_t kMaxItems = 64, kPositionsPerTap = 8;
   const auto wanted = min_of(kMaxItems, 1 + static_cast<std::int64_t>(flops / kFlopsPerItem));
+  const std::int64_t positions = p.batch * p.out_height * p.out_width;
+  const std::int64_t taps = static_cast<std::int64_t>(p.kernel_size) * p.kernel_size;
   Cut cut{};
   cut.batch = p.batch;
   cut.out_height = p.out_height;
   cut.num_blocks = ceil_div(p.channels, kBlock);
   const std::int64_t rows = max_of<std::int64_t>(4, kSlabFloats / floats_per_row);
   cut.slab_rows = ceil_div(p.out_height, ceil_div(p.out_height, rows));
-  cut.num_ranges = min_of(cut.num_blocks, min_of(kMaxRanges, wanted));
-  cut.num_groups = min_of(p.batch, ceil_div(wanted, cut.num_ranges));
+  const std::int64_t max_groups = max_of<std::int64_t>(1, positions / (kPositionsPerTap * taps));
+  cut.num_groups = min_of(p.batch, min_of(max_groups, wanted));
+  cut.num_ranges = min_of(cut.num_blocks, ceil_div(wanted, cut.num_groups));
   const std::int64_t images = max_of<std::int64_t>(1, kSlabFloats / (floats_per_row * p.out_height));
   cut.slab_images = min_of(images, ceil_div(p.batch, cut.num_groups));
   return cut;
