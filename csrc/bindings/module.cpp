@@ -11,6 +11,9 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
+#ifdef PFNAS_HAS_CUDA
+#include "cuda/runtime.h"
+#endif
 
 #include <pybind11/stl.h>
 
@@ -69,7 +72,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_cpu_isa", &pfnas::set_isa, py::arg("tier").none(true));
   m.def("num_threads", [] { return omp_get_max_threads(); });
   m.def("poison_thread_scratch", &pfnas::poison_thread_scratch);
+#ifdef PFNAS_HAS_CUDA
+  m.attr("cuda_built") = true;
+  m.def("cuda_device_count", &pfnas::cuda::device_count);
+  pfnas::register_dynamic_depthwise_conv_cuda(m);
+#else
   m.attr("cuda_built") = false;
+  m.def("cuda_device_count", [] { return 0; });
+#endif
   m.attr("compiler") = __VERSION__;
   pfnas::register_dynamic_depthwise_conv(m);
   pfnas::register_dynamic_pointwise_conv(m);

@@ -67,4 +67,12 @@ TensorView view_tensor(py::handle object, const char* op, const char* argument) 
   return view;
 }
 
+void* current_stream(py::handle object, dlpack::Device device) {
+  const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()));
+  PFNAS_CHECK(api != nullptr && api->current_work_stream != nullptr);
+  void* stream = nullptr;
+  if (api->current_work_stream(device.type, device.id, &stream) != 0) throw py::error_already_set();
+  return stream;
+}
+
 }  // namespace pfnas

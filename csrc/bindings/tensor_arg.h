@@ -12,4 +12,7 @@ namespace pfnas {
 // dimensions.
 TensorView view_tensor(pybind11::handle object, const char* op, const char* argument);
 
+// The stream that the producer of `object` works on at the moment (torch: torch.cuda.current_stream).
+void* current_stream(pybind11::handle object, dlpack::Device device);
+
 }  // namespace pfnas

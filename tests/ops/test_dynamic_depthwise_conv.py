@@ -71,7 +71,7 @@ def gradient_like(y: Tensor, seed: int = 1) -> Tensor:
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel_size", KERNELS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_values_and_gradients(case: Case, kernel_size: int, stride: int, tier: str) -> None:
+def test_values_and_gradients(case: Case, kernel_size: int, stride: int, backend: str) -> None:
     if kernel_size > case.max_kernel:
         pytest.skip("the bank holds no filter of this size")
     ours = make(case)
@@ -122,7 +122,7 @@ def test_reference_chains_the_matrices() -> None:
     torch.testing.assert_close(reference.derive_filter(weight, matrix_5, matrix_3, 3), three)
 
 
-def test_identity_matrices_crop_the_bank(tier: str) -> None:
+def test_identity_matrices_crop_the_bank(backend: str) -> None:
     x, weight, _, _ = make(Case(2, 16, 9, 9))
     y = dynamic_depthwise_conv(x, weight, torch.eye(25), torch.eye(9), kernel_size=3)
     cropped = weight[:, :, 2:5, 2:5].detach()
@@ -241,7 +241,7 @@ def test_same_bits_for_any_number_of_threads(kernel_size: int, stride: int, num_
 
 
 @pytest.mark.parametrize("kernel_size", KERNELS)
-def test_nan_in_gives_nan_out(kernel_size: int, tier: str) -> None:
+def test_nan_in_gives_nan_out(kernel_size: int, backend: str) -> None:
     x, weight, matrix_5, matrix_3 = make(Case(2, 20, 9, 9))
     with torch.no_grad():
         x[1, 18, 4, 5] = math.nan

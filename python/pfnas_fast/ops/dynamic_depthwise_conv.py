@@ -3,9 +3,12 @@
 
 Call path: `dynamic_depthwise_conv` checks and lays out -> torch.ops.pfnas_fast.dynamic_depthwise_conv ->
 `_forward` allocates y -> _C fills Params, picks the kernel by sizes and CPU tier, runs it without the GIL.
+On a GPU `_forward_cuda` also allocates the workspace, and _C launches on torch's current stream and returns.
 Autograd calls torch.ops.pfnas_fast.dynamic_depthwise_conv_backward: every wanted gradient in one pass.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,28 +43,32 @@ def dynamic_depthwise_conv(
 
     A smaller filter is a learned linear map of the centre of the next larger one: the 5x5 filter is
     ``matrix_5 @ vec(centre of the bank)``, the 3x3 filter ``matrix_3 @ vec(centre of the 5x5 filter)``.
-    Padding is ``kernel_size // 2``. Runs on the CPU in float32, also under autocast (which casts up).
-    Derivatives are of first order only: differentiating a gradient again raises.
+    Padding is ``kernel_size // 2``. Runs on the CPU in float32, also under autocast (which casts up), and on
+    CUDA devices, where the build has them, in float32, bfloat16 or float16 storage with float32 arithmetic
+    (autocast casts to its own type). Derivatives are of first order only: differentiating a gradient again
+    raises.
 
     Args:
-        x: Input, [N, C, H, W], float32. C may be less than the bank's. An input that is not channels_last in
-            memory is copied into that layout first (one pass over it, in every call).
-        weight: Filter bank, [C_max, 1, K_max, K_max], float32, K_max 3, 5 or 7. Only its first C rows take
-            part; the gradient of the others is zero.
-        matrix_5: Map from 7x7 to 5x5 filters, [25, 25], float32. Needed where K_max is 7 and `kernel_size`
-            is less. A matrix that is not needed may be given; its gradient stays None.
-        matrix_3: Map from 5x5 to 3x3 filters, [9, 9], float32. Needed where K_max is 7 or 5 and `kernel_size`
-            is 3.
+        x: Input, [N, C, H, W], float32 (on CUDA also bfloat16, float16). C may be less than the bank's. An
+            input that is not channels_last in memory is copied into that layout first (one pass over it, in
+            every call).
+        weight: Filter bank, [C_max, 1, K_max, K_max], K_max 3, 5 or 7. Only its first C rows take part; the
+            gradient of the others is zero. Dtype and device of `x`, as for the matrices.
+        matrix_5: Map from 7x7 to 5x5 filters, [25, 25]. Needed where K_max is 7 and `kernel_size` is less. A
+            matrix that is not needed may be given; its gradient stays None.
+        matrix_3: Map from 5x5 to 3x3 filters, [9, 9]. Needed where K_max is 7 or 5 and `kernel_size` is 3.
         kernel_size: Active size, 3, 5 or 7, at most K_max.
         stride: 1 or 2.
 
     Returns:
-        [N, C, ceil(H / stride), ceil(W / stride)], float32, channels_last.
+        [N, C, ceil(H / stride), ceil(W / stride)], dtype of `x`, channels_last.
 
     Raises:
-        InputError: Shapes disagree, or `kernel_size` or `stride` is not one of the choices (a ValueError).
-        TypeError: A tensor is not float32.
-        NotImplementedError: A tensor is not on the CPU.
+        InputError: Shapes or devices disagree, or `kernel_size` or `stride` is not one of the choices (a
+            ValueError).
+        TypeError: A tensor's dtype is not supported on its device, or dtypes differ.
+        NotImplementedError: A tensor is neither on the CPU nor on a CUDA device that this build has kernels
+            for.
 
     Source:
         Once-for-All, arXiv:1908.09791, section 3.
@@ -83,20 +90,32 @@ def _fail(expected: str, argument: str, got: object) -> str:
     return f"dynamic_depthwise_conv: expected {expected} for {argument}, got {got}"
 
 
-def _check_tensor(tensor: Tensor, argument: str) -> None:
+def _check_tensor(tensor: Tensor, argument: str, x: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(_fail("a torch.Tensor", argument, type(tensor).__name__))
-    if tensor.dtype != torch.float32 and not (tensor.dtype in _HALVES and torch.is_autocast_enabled("cpu")):
-        raise TypeError(_fail("float32", argument, str(tensor.dtype).removeprefix("torch.")))
-    if tensor.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(_fail("a CPU tensor", argument, f"one on {tensor.device.type}"))
+    device = tensor.device.type
+    if device not in ("cpu", "meta") and not (device == "cuda" and _C.cuda_built):
+        built = "a CPU or CUDA tensor" if _C.cuda_built else "a CPU tensor (this build has no CUDA kernels)"
+        raise NotImplementedError(_fail(built, argument, f"one on {device}"))
+    if tensor.device != x.device:
+        raise InputError(
+            _fail(f"a tensor on {x.device} (the device of x)", argument, f"one on {tensor.device}")
+        )
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if device == "cuda":
+        if tensor.dtype not in (torch.float32, *_HALVES):
+            raise TypeError(_fail("float32, bfloat16 or float16", argument, dtype))
+        if tensor.dtype != x.dtype and not torch.is_autocast_enabled("cuda"):
+            raise TypeError(_fail(f"{str(x.dtype).removeprefix('torch.')} (the dtype of x)", argument, dtype))
+    elif tensor.dtype != torch.float32 and not (tensor.dtype in _HALVES and torch.is_autocast_enabled("cpu")):
+        raise TypeError(_fail("float32", argument, dtype))
 
 
 def _check(
     x: Tensor, weight: Tensor, matrix_5: Tensor | None, matrix_3: Tensor | None, kernel_size: int, stride: int
 ) -> None:
-    _check_tensor(x, "x")
-    _check_tensor(weight, "weight")
+    _check_tensor(x, "x", x)
+    _check_tensor(weight, "weight", x)
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise InputError(_fail("shape [N, C, H, W] with C, H, W >= 1", "x", list(x.shape)))
     if (
@@ -114,15 +133,15 @@ def _check(
     if stride not in (1, 2):
         raise InputError(_fail("1 or 2", "stride", stride))
     if max_kernel == 7 and kernel_size < 7:
-        _check_matrix(matrix_5, "matrix_5", 25, f"kernel_size {kernel_size} of a 7x7 bank")
+        _check_matrix(matrix_5, "matrix_5", 25, x, f"kernel_size {kernel_size} of a 7x7 bank")
     if max_kernel > 3 and kernel_size == 3:
-        _check_matrix(matrix_3, "matrix_3", 9, f"kernel_size 3 of a {max_kernel}x{max_kernel} bank")
+        _check_matrix(matrix_3, "matrix_3", 9, x, f"kernel_size 3 of a {max_kernel}x{max_kernel} bank")
 
 
-def _check_matrix(matrix: Tensor | None, argument: str, size: int, why: str) -> None:
+def _check_matrix(matrix: Tensor | None, argument: str, size: int, x: Tensor, why: str) -> None:
     if matrix is None:
         raise InputError(_fail(f"a [{size}, {size}] tensor ({why})", argument, None))
-    _check_tensor(matrix, argument)
+    _check_tensor(matrix, argument, x)
     if tuple(matrix.shape) != (size, size):
         raise InputError(_fail(f"shape [{size}, {size}]", argument, list(matrix.shape)))
 
@@ -192,6 +211,85 @@ def _backward(
     return gradients
 
 
+def _workspace(
+    module: Any, x: Tensor, weight: Tensor, kernel_size: int, stride: int, backward: bool
+) -> Tensor:
+    """Scratch of one call, float32: memory of torch's allocator, so that CUDA graphs may capture the op."""
+    count = module.dynamic_depthwise_conv_cuda_workspace(
+        x.shape, kernel_size, weight.shape[-1], stride, backward
+    )
+    return torch.empty(count, dtype=torch.float32, device=x.device)
+
+
+def _forward_cuda(
+    module: Any,
+    x: Tensor,
+    weight: Tensor,
+    matrix_5: Tensor | None,
+    matrix_3: Tensor | None,
+    kernel_size: int,
+    stride: int,
+) -> Tensor:
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = _output_like(x, stride)
+    module.dynamic_depthwise_conv_cuda_forward(
+        x,
+        weight.contiguous(),
+        _contiguous(matrix_5),
+        _contiguous(matrix_3),
+        kernel_size,
+        stride,
+        _workspace(module, x, weight, kernel_size, stride, backward=False),
+        y,
+    )
+    return y
+
+
+def _backward_cuda(
+    module: Any,
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    matrix_5: Tensor | None,
+    matrix_3: Tensor | None,
+    kernel_size: int,
+    stride: int,
+    need_x: bool,
+    need_filter: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradients = _empty_gradients(x, weight, kernel_size, need_x, need_filter)
+    module.dynamic_depthwise_conv_cuda_backward(
+        grad_y.contiguous(memory_format=torch.channels_last),
+        x.contiguous(memory_format=torch.channels_last),
+        weight.contiguous(),
+        _contiguous(matrix_5),
+        _contiguous(matrix_3),
+        kernel_size,
+        stride,
+        _workspace(module, x, weight, kernel_size, stride, backward=True),
+        *(gradient if gradient.numel() or gradient.ndim > 1 else None for gradient in gradients),
+    )
+    return gradients
+
+
+def cuda_implementations(module: Any) -> dict[str, Callable[..., Any]]:
+    """The op's CUDA implementations by name, over a compiled module: `_C`, or the tests' emulator."""
+    return {
+        "dynamic_depthwise_conv": partial(_forward_cuda, module),
+        "dynamic_depthwise_conv_backward": partial(_backward_cuda, module),
+    }
+
+
+def _autocast_cuda(
+    x: Tensor, weight: Tensor, matrix_5: Tensor | None, matrix_3: Tensor | None, kernel_size: int, stride: int
+) -> Tensor:
+    """Cast to the type of the autocast region, whichever the user chose for it."""
+    dtype = torch.get_autocast_dtype("cuda")
+    tensors = (None if t is None else t.to(dtype) for t in (x, weight, matrix_5, matrix_3))
+    with torch.autocast("cuda", enabled=False):
+        return torch.ops.pfnas_fast.dynamic_depthwise_conv(*tensors, kernel_size, stride)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, matrix_5, matrix_3, ctx.kernel_size, ctx.stride = inputs
     ctx.save_for_backward(x, weight, matrix_5, matrix_3)
@@ -238,6 +336,10 @@ def _fake_backward(
 
 LIBRARY.impl("dynamic_depthwise_conv", _forward, "CPU")
 LIBRARY.impl("dynamic_depthwise_conv_backward", _backward, "CPU")
+if _C.cuda_built:
+    for _name, _implementation in cuda_implementations(_C).items():
+        LIBRARY.impl(_name, _implementation, "CUDA")
+    LIBRARY.impl("dynamic_depthwise_conv", _autocast_cuda, "AutocastCUDA")
 torch.library.register_fake("pfnas_fast::dynamic_depthwise_conv", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("pfnas_fast::dynamic_depthwise_conv_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autocast("pfnas_fast::dynamic_depthwise_conv", "cpu", torch.float32, lib=LIBRARY)

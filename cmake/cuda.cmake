@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+# CUDA kernels of _C. nvcc sees csrc/kernels/*/*_cuda.cu and csrc/cuda only, never pybind11 or Python.
+set(PFNAS_CUDA AUTO CACHE STRING "CUDA kernels: AUTO (where nvcc and a GPU are visible, for that GPU), ON or OFF")
+set(PFNAS_CUDA_ARCHITECTURES "75-real;80-real;86-real;89-real;90-real;100-real;120"
+    CACHE STRING "Architectures for PFNAS_CUDA=ON, as in CUDA_ARCHITECTURES; the last one's PTX serves newer GPUs")
+set_property(CACHE PFNAS_CUDA PROPERTY STRINGS AUTO ON OFF)
+if(NOT PFNAS_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "PFNAS_CUDA: expected AUTO, ON or OFF, got ${PFNAS_CUDA}")
+endif()
+
+set(PFNAS_BUILD_CUDA OFF)
+if(NOT PFNAS_CUDA STREQUAL "OFF")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(PFNAS_CUDA STREQUAL "ON" AND NOT CMAKE_CUDA_COMPILER)
+    message(FATAL_ERROR "PFNAS_CUDA=ON: no nvcc was found; put it on the PATH or set CMAKE_CUDA_COMPILER")
+  endif()
+  if(PFNAS_CUDA STREQUAL "ON")
+    set(PFNAS_BUILD_CUDA ON)
+  elseif(CMAKE_CUDA_COMPILER)
+    # A machine with nvcc alone must not pay minutes at installation.
+    execute_process(COMMAND nvidia-smi -L RESULT_VARIABLE status OUTPUT_VARIABLE gpus ERROR_QUIET)
+    if(status EQUAL 0 AND gpus MATCHES "GPU 0")
+      set(PFNAS_BUILD_CUDA ON)
+      set(PFNAS_CUDA_ARCHITECTURES native)
+    endif()
+  endif()
+endif()
+message(STATUS "CUDA kernels: ${PFNAS_BUILD_CUDA} (PFNAS_CUDA=${PFNAS_CUDA})")
+
+if(PFNAS_BUILD_CUDA)
+  set(CMAKE_CUDA_ARCHITECTURES ${PFNAS_CUDA_ARCHITECTURES})
+  enable_language(CUDA)
+  file(GLOB PFNAS_CUDA_SOURCES CONFIGURE_DEPENDS csrc/kernels/*/*_cuda.cu csrc/cuda/*.cu)
+  add_library(kernels_cuda STATIC ${PFNAS_CUDA_SOURCES})
+  target_include_directories(kernels_cuda PRIVATE csrc)
+  set_target_properties(kernels_cuda PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static
+                                                CUDA_VISIBILITY_PRESET hidden POSITION_INDEPENDENT_CODE ON)
+  target_compile_options(kernels_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-O3 --expt-relaxed-constexpr -Xptxas -warn-spills>)
+  if(PFNAS_WERROR)
+    target_compile_options(kernels_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler -Wall,-Wextra -Werror all-warnings>)
+  endif()
+endif()

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one door between kernel source and its compiler: nvcc gets CUDA itself, any other compiler the emulator
+// of tests/cuda_emulator. Kernels use plain CUDA C++ plus what is defined here; `<<<>>>`, inline assembly and
+// __shared__ appear in this file only.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/check.h"
+
+// The emulator puts red zones around these and fills them with NaN.
+#define PFNAS_SHARED(type, name, dims) __shared__ type name dims
+#define PFNAS_SHARED_ALIGNED(alignment, type, name, dims) \
+  __shared__ __align__(alignment)                         \
+  type name dims
+
+namespace pfnas::cuda {
+
+using Dim3 = dim3;
+
+template <class V>
+__device__ __forceinline__ V load_vector(const void* source) {
+  return *static_cast<const V*>(source);
+}
+template <class V>
+__device__ __forceinline__ void store_vector(void* target, const V& value) {
+  *static_cast<V*>(target) = value;
+}
+
+// All kernels take one struct by value. The launch is checked, never waited for.
+template <class P>
+void launch(void (*kernel)(P), Dim3 grid, Dim3 block, void* stream, const P& params) {
+  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(params);
+  check_launch();
+}
+
+}  // namespace pfnas::cuda
+
+#else
+
+#include "device_emulator.h"
+
+#endif
+
+#define PFNAS_DEVICE __device__ __forceinline__
+
+#if defined(__CUDACC__)
+#define PFNAS_UNROLL_LOOP _Pragma("unroll")
+#else
+#define PFNAS_UNROLL_LOOP _Pragma("GCC unroll 16")
+#endif
