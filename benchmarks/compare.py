@@ -12,7 +12,14 @@ import sys
 
 from harness import Effort, Row, compare, prepare_process
 
-SUITES = {"depthwise": "suite_depthwise", "pointwise": "suite_pointwise"}
+SUITES = {
+    "cost": "suite_cost",
+    "depthwise": "suite_depthwise",
+    "path_filter": "suite_path_filter",
+    "pointwise": "suite_pointwise",
+    "sampling": "suite_sampling",
+    "search": "suite_search",
+}
 
 
 def parse_arguments() -> argparse.Namespace:

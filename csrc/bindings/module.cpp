@@ -83,4 +83,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = __VERSION__;
   pfnas::register_dynamic_depthwise_conv(m);
   pfnas::register_dynamic_pointwise_conv(m);
+  pfnas::register_path_cost(m);
+  pfnas::register_path_score(m);
+  pfnas::register_path_search(m);
 }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The path filter, its thresholds, and the samplers that use it."""
 
+from pfnas_fast.filter.exact import ExactSampler
 from pfnas_fast.filter.path_filter import PathFilter
 from pfnas_fast.filter.samplers import Balanced, BestUp, Filtered, RandomPrune, Sampler, Uniform
 from pfnas_fast.filter.thresholds import BudgetThresholds
@@ -10,6 +11,7 @@ __all__ = [
     "Balanced",
     "BestUp",
     "BudgetThresholds",
+    "ExactSampler",
     "Filtered",
     "PathFilter",
     "RandomPrune",

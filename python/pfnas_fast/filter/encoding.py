@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pfnas_fast.errors import InputError
+from pfnas_fast.ops.path_cost import as_codes, largest_codes
 
 __all__ = ["GeneEncoding"]
 
@@ -110,7 +111,11 @@ class GeneEncoding:
                     f"got {array[row, slot]} in row {row}"
                 )
             return (array + 1).astype(np.uint8)
-        if (array.min(0, initial=0) < 0).any() or (array.max(0, initial=0) > sizes).any():
+        if array.dtype == np.uint8 and len(array):
+            low, high = largest_codes(as_codes(array, self.num_slots, "PathFilter"))
+        else:
+            low, high = array.min(0, initial=0), array.max(0, initial=0)
+        if (low < 0).any() or (high > sizes).any():
             row, slot = np.argwhere((array < 0) | (array > sizes))[0]
             raise InputError(
                 f"PathFilter: expected code 0..{sizes[slot]} for slot {slot} of paths, "

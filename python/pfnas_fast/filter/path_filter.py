@@ -16,11 +16,12 @@ from pfnas_fast.filter.fitting import FittedParts, fit_parts
 from pfnas_fast.filter.kernel import KernelModel, KernelScorer
 from pfnas_fast.filter.labels import LabelledPaths, collect_labels
 from pfnas_fast.filter.network import LookupScorer, RankerEnsemble
+from pfnas_fast.filter.packing import PackedFilter, pack_filter
 from pfnas_fast.filter.training import RankerConfig
+from pfnas_fast.ops import BudgetRanker, CostTable, path_cost, path_score
 
 __all__ = ["PathFilter"]
 
-_CHUNK = 1 << 12  # paths per scoring step: bounds memory, and the first layer's output stays in the cache
 _CONDITIONS = ("concat", "none")
 
 
@@ -89,8 +90,8 @@ class PathFilter:
         self.config = config or RankerConfig()
         self.parts: FittedParts | None = None
         self._norm: dict[str, torch.Tensor] = {}
-        self._networks: LookupScorer | None = None
-        self._kernels: tuple[KernelScorer, ...] = ()
+        self._packed: PackedFilter | None = None
+        self._cost_table: CostTable | None = None
 
     def clone(self) -> PathFilter:
         """An unfitted filter of the same settings (cross-validation fits one per fold)."""
@@ -168,7 +169,7 @@ class PathFilter:
         self._norm["score_mean"], self._norm["score_scale"] = torch.zeros(members), torch.ones(members)
         self._fold()
         budget = None if self.condition == "none" else self._normalised(data.log_macs).float()
-        scores = self._members(torch.from_numpy(data.codes), budget)
+        scores = self._scores_and_members(data.codes, budget)[1]
         self._norm["score_mean"] = scores.mean(1).clone()
         self._norm["score_scale"] = scores.std(1).clamp_min(1e-6).clone()
 
@@ -179,9 +180,9 @@ class PathFilter:
         norm, design = self._norm, self.encoding.design()
         mean, scale = norm["score_mean"], norm["score_scale"]
         num_networks = len(mean) - len(self.parts.kernels)
-        self._networks = None
+        networks = None
         if self.parts.network is not None:
-            self._networks = LookupScorer.fold(
+            networks = LookupScorer.fold(
                 self.parts.network,
                 torch.from_numpy(design),
                 norm["feature_mean"],
@@ -190,21 +191,44 @@ class PathFilter:
                 input_scale=self.config.input_scale,
                 has_budget=self.condition != "none",
             )
-        self._kernels = tuple(
+        kernels = tuple(
             KernelScorer.fold(model, design, norm["feature_mean"], float(mean[index]), float(scale[index]))
             for index, model in enumerate(self.parts.kernels, start=num_networks)
         )
-        share, num_kernels = self.parts.share, len(self._kernels)
+        share, num_kernels = self.parts.share, len(kernels)
         self._weights = torch.tensor(
             [share / max(num_networks, 1)] * num_networks
             + [(1.0 - share) / max(num_kernels, 1)] * num_kernels
         )
+        self._packed = pack_filter(
+            networks,
+            kernels,
+            self._weights,
+            num_slots=self.encoding.num_slots,
+            has_budget=self.condition != "none",
+        )
 
-    def _members(self, codes: torch.Tensor, budget: torch.Tensor | None) -> torch.Tensor:
-        """Every member's score, float32 [members, n]."""
-        rows = [] if self._networks is None else [self._networks.members(codes, budget)]
-        rows += [kernel.score(codes, budget).unsqueeze(0) for kernel in self._kernels]
-        return torch.cat(rows)
+    def _scores_and_members(
+        self, codes: np.ndarray, z: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The score float32 [n], and every member's, float32 [members, n]."""
+        if self._packed is None:
+            raise RuntimeError("PathFilter: nothing folded")
+        scores, members = path_score(self._packed.ranker, codes, z, members=True)
+        if z is not None and self._packed.curves is not None:
+            members = members + self._packed.member_curves(z)
+        return scores, members
+
+    def budget_ranker(self) -> BudgetRanker:
+        """The fitted filter as the compiled search takes it (`pfnas_fast.ops.SearchSpace`).
+
+        Raises:
+            InputError: not fitted.
+        """
+        if self._packed is None:
+            raise InputError("PathFilter.budget_ranker: expected a fitted filter, got one before fit()")
+        mean, scale = float(self._norm["budget_mean"]), float(self._norm["budget_scale"])
+        return BudgetRanker(self._packed.ranker, mean, scale)
 
     # ------------------------------------------------------------------ scoring
 
@@ -221,7 +245,10 @@ class PathFilter:
         Raises:
             InputError: not fitted, or `macs_m` missing while no `cost` was given, or of another length.
         """
-        return self._score(paths, macs_m, spread=False)[0]
+        codes, z = self._inputs(paths, macs_m)
+        if self._packed is None:
+            raise RuntimeError("PathFilter: fitted but not folded")
+        return path_score(self._packed.ranker, codes, z, trusted=True).numpy()
 
     def score_with_spread(self, paths: Any, macs_m: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """Like `score`, with the ensemble's disagreement.
@@ -229,37 +256,27 @@ class PathFilter:
         Returns:
             (score float32 [n], standard deviation over members float32 [n]; zeros for one member).
         """
-        mean, spread = self._score(paths, macs_m, spread=True)
-        return mean, spread
+        codes, z = self._inputs(paths, macs_m)
+        scores, members = self._scores_and_members(codes, z)
+        return scores.numpy(), (self._weights @ (members - scores) ** 2).sqrt().numpy()
 
-    def _score(self, paths: Any, macs_m: Any, *, spread: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _inputs(self, paths: Any, macs_m: Any) -> tuple[np.ndarray, torch.Tensor | None]:
+        """Checked codes [n, num_slots] and normalised budgets float32 [n]; None where they are no input."""
         if self.parts is None:
             raise InputError(
                 "PathFilter.score: expected a fitted filter, got one before fit() or load_state_dict()"
             )
         codes = self.encoding.codes(paths)
-        budget = self._budget(codes, macs_m)
-        mean = np.empty(len(codes), np.float32)
-        deviation = np.zeros(len(codes) if spread else 0, np.float32)
-        rows = torch.from_numpy(np.ascontiguousarray(codes))
-        for start in range(0, len(codes), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            members = self._members(rows[part], None if budget is None else budget[part])
-            centre = self._weights @ members
-            mean[part] = centre.numpy()
-            if spread:
-                deviation[part] = (self._weights @ (members - centre) ** 2).sqrt().numpy()
-        return mean, deviation
-
-    def _budget(self, codes: np.ndarray, macs_m: Any) -> torch.Tensor | None:
         if self.condition == "none":
-            return None
+            return codes, None
         if macs_m is None:
             if self.cost is None:
                 raise InputError(
                     "PathFilter.score: expected macs_m, or a filter built with cost=, got neither"
                 )
-            macs_m = self.cost.macs_m(codes)
+            if self._cost_table is None:
+                self._cost_table = CostTable(self.cost.macs_table, self.cost.macs_constant, 1e6)
+            macs_m = path_cost(codes, self._cost_table).numpy()
         macs = np.asarray(macs_m, np.float64)
         if macs.shape != (len(codes),):
             raise InputError(
@@ -267,7 +284,7 @@ class PathFilter:
             )
         if not (macs > 0).all():
             raise InputError("PathFilter.score: expected macs_m > 0, got a value that is not")
-        return self._normalised(np.log(macs)).float()
+        return codes, self._normalised(np.log(macs)).float()
 
     # ------------------------------------------------------------------ saving
 

@@ -1,10 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Slow, obvious twins of the compiled ops: pure PyTorch, any device and dtype. The tests' ground truth."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["apply_activation", "derive_filter", "dynamic_depthwise_conv", "dynamic_pointwise_conv"]
+if TYPE_CHECKING:
+    from pfnas_fast.ops.path_score import RankerTables
+
+__all__ = [
+    "apply_activation",
+    "derive_filter",
+    "dynamic_depthwise_conv",
+    "dynamic_pointwise_conv",
+    "path_cost",
+    "path_score",
+]
 
 
 def _centre(weight: Tensor, size: int) -> Tensor:
@@ -80,3 +95,65 @@ def dynamic_pointwise_conv(
     if shift is not None:
         y = y + shift[:, None, None]
     return apply_activation(y if residual is None else y + residual, activation)
+
+
+def path_cost(codes: Tensor, table: Tensor, constant: Tensor) -> Tensor:
+    """Additive cost of each path.
+
+    Args:
+        codes: [n, num_blocks + 1], 0 = absent; the last slot holds 1 + resolution.
+        table: [num_resolutions, num_blocks, num_codes].
+        constant: [num_resolutions].
+
+    Returns:
+        [n], dtype of `table`.
+    """
+    index = codes.long()
+    resolution = index[:, -1] - 1
+    blocks = torch.arange(table.shape[1])
+    return constant[resolution] + table[resolution.unsqueeze(1), blocks, index[:, :-1]].sum(1)
+
+
+def path_score(tables: RankerTables, codes: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Twin of `pfnas_fast.ops.path_score`, computed in float64.
+
+    Args:
+        tables: The ranker.
+        codes: [n, num_slots].
+        z: [n] or None.
+
+    Returns:
+        (scores [n], members [M, n]), float64.
+    """
+    rows = codes.long() + torch.arange(tables.num_slots) * tables.num_codes  # [n, slots]
+    budget = torch.zeros(len(codes), 1, 1).double() if z is None else z.double().view(-1, 1, 1)
+    members = []
+    if (net := tables.networks) is not None:
+        hidden = net.table.double()[rows].sum(1) + net.offset.double()  # [n, E, H]
+        if net.budget is not None:
+            hidden = hidden + budget * net.budget.double()
+        hidden = hidden.relu()
+        for weight, bias in net.dense:
+            hidden = (torch.einsum("neh,eho->neo", hidden, weight.double()) + bias.double()).relu()
+        members.append((hidden * net.head.double()).sum(2))
+    if (kernel := tables.kernels) is not None:
+        exponent = kernel.table.double()[rows].sum(1) + kernel.offset.double()
+        if kernel.budget is not None:
+            exponent = exponent + budget * kernel.budget.double()
+        if kernel.budget_square is not None:
+            exponent = exponent + budget**2 * kernel.budget_square.double()
+        members.append((exponent.exp() * kernel.head.double()).sum(2))
+    each = torch.cat(members, dim=1)  # [n, M]
+    if tables.linear is not None and tables.linear_offset is not None:
+        each = each + tables.linear.double()[rows].sum(1) + tables.linear_offset.double()
+        if tables.linear_budget is not None:
+            each = each + budget.view(-1, 1) * tables.linear_budget.double()
+    scores = each @ tables.weights.double()
+    if tables.curve is not None:
+        low, high = tables.curve_range
+        knots = len(tables.curve) - 1
+        place = ((budget.view(-1) - low) / (high - low) * knots).clamp(0, knots)
+        left = place.floor().clamp(max=knots - 1).long()
+        curve = tables.curve.double()
+        scores = scores + curve[left] + (place - left) * (curve[left + 1] - curve[left])
+    return scores, each.t()

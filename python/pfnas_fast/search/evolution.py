@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 
 from pfnas_fast.errors import InputError
+from pfnas_fast.filter import ExactSampler, PathFilter
+from pfnas_fast.ops import SearchSpace
 from pfnas_fast.search.genes import GeneOperators, unique_rows
+from pfnas_fast.space import AdditiveCost
 
 __all__ = ["EvolutionConfig", "evolve", "search_candidates"]
 
@@ -114,6 +117,9 @@ def evolve(
         resolution: Keep to this longest side, px; None = the resolution is a gene like the others.
         config: Sizes and rates.
 
+    A `PathFilter` is searched by compiled code (`pfnas_fast.ops.SearchSpace.evolve`), any other ranker by the
+    vectorised operators of this package: the same method, other random numbers.
+
     Returns:
         (uint8 [k, num_slots] distinct, k <= top_k; their scores float64 [k]): accepted paths, best first,
         then rejected ones, best first.
@@ -122,6 +128,8 @@ def evolve(
         Once-for-All (arXiv:1908.09791), sec. 3.4 and its published search settings.
     """
     config = config or EvolutionConfig()
+    if isinstance(scorer, PathFilter) and (pruned is None or isinstance(pruned.scorer, PathFilter)):
+        return _evolve_compiled(scorer, cost, initial, low_m, high_m, rng, top_k, pruned, resolution, config)
     operators = GeneOperators(cost)
     inside, outside = _Archive(top_k, initial.shape[1]), _Archive(top_k, initial.shape[1])
     num_parents = max(2, round(config.parent_fraction * config.population))
@@ -150,6 +158,40 @@ def evolve(
         current, macs_m = current[feasible], macs_m[feasible]
     population = np.concatenate([inside.population, outside.population])[:top_k]
     return population, np.concatenate([inside.scores, outside.scores])[:top_k]
+
+
+def _evolve_compiled(
+    scorer: PathFilter,
+    cost: Any,
+    initial: np.ndarray,
+    low_m: float,
+    high_m: float,
+    rng: np.random.Generator,
+    top_k: int,
+    pruned: Any,
+    resolution: int | None,
+    config: EvolutionConfig,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same search without Python in its loop, for filters that the engine can score."""
+    space = SearchSpace(cost.space, AdditiveCost.macs(cost))
+    codes, scores, _ = space.evolve(
+        scorer.budget_ranker(),
+        initial,
+        low_m,
+        high_m,
+        seed=int(rng.integers(0, 2**64, dtype=np.uint64)),
+        top_k=top_k,
+        population=config.population,
+        iterations=config.iterations,
+        num_parents=max(2, round(config.parent_fraction * config.population)),
+        num_mutants=round(config.mutation_fraction * config.population),
+        gene_probability=config.gene_probability,
+        patience=config.patience,
+        resolution=resolution,
+        thresholds=None if pruned is None else (pruned.knots, pruned.values),
+        judge=None if pruned is None or pruned.scorer is scorer else pruned.scorer.budget_ranker(),
+    )
+    return codes, scores
 
 
 def _margin(
@@ -208,8 +250,6 @@ def search_candidates(
         >>> bool((cost.macs_m(found[12.0]) <= 12.0).all())
         True
     """
-    from pfnas_fast.space import BudgetSampler
-
     if top_k < 1:
         raise InputError(f"search_candidates: expected top_k >= 1, got {top_k}")
     config = config or EvolutionConfig()
@@ -221,13 +261,13 @@ def search_candidates(
                 f"search_candidates: expected budgets_macs_m >= {low:.6g} at resolution {resolution}, "
                 f"got {budget:g}"
             )
-    sampler = BudgetSampler(cost)
+    sampler = ExactSampler(cost)
     found: dict[float, np.ndarray] = {}
     for budget in budgets_macs_m:
         low = (1.0 - config.slack) * budget
         smallest, largest = cost.range_m(resolution)
         low = min(low, largest * (1.0 - config.slack))
-        if not sampler.feasible(low, budget):
+        if not sampler.budgets.feasible(low, budget):
             low = smallest
         initial = sampler.sample(rng, config.num_initial, low, budget, resolution)
         population, _ = evolve(

@@ -210,6 +210,7 @@ class Walker:
         cumulative: [num_buckets + 1] float64, mass below each bucket.
         cumulative_down: [num_buckets + 1] float64, mass at and above each bucket (precise at the expensive
             end).
+        pad: Zeros before the first bucket of `tables`.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -217,11 +218,21 @@ class Walker:
         total, after_choice, after_stop = grid.suffix_masses(keep=True)
         self.cumulative = np.concatenate([[0.0], np.cumsum(total)])
         self.cumulative_down = np.concatenate([np.cumsum(total[::-1])[::-1], [0.0]])
-        self._pad = int(grid.buckets.max())
+        self.pad = self._pad = int(grid.buckets.max())
         length = len(total) + self._pad
         # Zeros around each table stand for 'cannot be finished', so that no index needs a check.
         self._after_choice = [_padded(a, self._pad, length) for a in after_choice]
         self._after_stop = [_padded(a, 0, len(total)) for a in after_stop]
+
+    def tables(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The walk's tables, as the compiled twin of `draw` reads them.
+
+        Returns:
+            (after_choice [num_blocks, pad + num_buckets + pad or so], mass of finishing once a block is
+            chosen, at index pad + buckets left; after_stop [num_blocks, num_buckets], mass of the stages
+            after the block's).
+        """
+        return np.stack(self._after_choice), np.stack(self._after_stop)
 
     def bucket_range(
         self, low: NDArray[np.float64], high: NDArray[np.float64]

@@ -215,6 +215,15 @@ class BudgetSampler:
                 return population
         raise InputError(f"sample_log_uniform: expected a wider window for this space, got {window:g}")
 
+    def walker(self, resolution: int, *, width: float = math.inf) -> Walker:
+        """The tables behind drawing at one resolution, for the compiled twin (`pfnas_fast.ops.SearchSpace`).
+
+        Args:
+            resolution: Longest side, px.
+            width: Narrowest window to be drawn from, in the cost's unit; narrow ones get finer buckets.
+        """
+        return self._walker(self._index(resolution), width * self.cost.unit)
+
     # Inside -------------------------------------------------------------------------------------------------
 
     def _index(self, resolution: int) -> int:
