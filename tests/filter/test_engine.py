@@ -78,7 +78,7 @@ def test_scores_equal_those_of_the_parts(cost, condition, share):
 
 
 def test_many_scores_need_little_memory(flt, cost):
-    """10^7 paths fit: per path its codes, its cost in float64, budget and score in float32, nothing per weight."""
+    """10^7 paths fit: per path codes, a float64 cost, float32 budget and score; nothing per weight."""
     paths = np.tile(uniform_population(cost.space, np.random.default_rng(2), 1000), (300, 1))
     macs_m = np.tile(cost.macs_m(paths[:1000]), 300)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

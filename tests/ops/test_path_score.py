@@ -4,6 +4,7 @@
 import copy
 import itertools
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ SHAPES = {
 }
 
 
-def make(name, *, budget=True, linear=True, num_slots=6, num_codes=5, seed=0):
+def make(name, *, budget=True, linear=True, num_slots=6, num_codes=5, seed=0) -> Any:
     widths, members, labelled, kernels = SHAPES[name]
     g = torch.Generator().manual_seed(seed)
     rows = num_slots * num_codes
@@ -70,7 +71,7 @@ def make(name, *, budget=True, linear=True, num_slots=6, num_codes=5, seed=0):
     )
 
 
-def paths(tables, n, seed=1):
+def paths(tables, n, seed=1) -> Any:
     rng = np.random.default_rng([seed, n])
     codes = rng.integers(0, tables.num_codes, (n, tables.num_slots)).astype(np.uint8)
     z = torch.from_numpy(rng.normal(size=n).astype(np.float32))
