@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from pfnas_fast.errors import InputError
 from pfnas_fast.train.optimizer import WeightAverage, learning_rate_at, make_optimizer
 
 
@@ -16,14 +17,23 @@ def test_learning_rate_rises_then_falls() -> None:
     assert 0.02 <= rates[-1] < 0.03
 
 
-def test_a_parameter_without_gradient_does_not_move() -> None:
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_parameter_without_gradient_does_not_move(kind: str) -> None:
     net = nn.ModuleList([nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)])
     before = [p.clone() for p in net.parameters()]
-    optimizer = make_optimizer(net, learning_rate=0.1, weight_decay=0.5)
+    optimizer = make_optimizer(net, kind=kind, learning_rate=0.1, weight_decay=0.5)
     net[0](torch.ones(1, 2, 3, 3)).sum().backward()
     optimizer.step()
     moved = [not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True)]
     assert moved == [True, True, False, False]
+    net[1](torch.ones(1, 2, 3, 3)).sum().backward()  # its first gradient, when others have had theirs
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_an_unknown_optimizer_is_refused() -> None:
+    with pytest.raises(InputError, match="expected one of sgd, adamw for optimizer, got 'lion'"):
+        make_optimizer(nn.Linear(1, 1), kind="lion", learning_rate=0.1, weight_decay=0.0)
 
 
 def test_biases_norms_and_kernel_matrices_do_not_decay() -> None:

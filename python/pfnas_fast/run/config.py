@@ -15,6 +15,7 @@ from pfnas_fast.errors import InputError
 
 SCHEDULES = ("sandwich", "progressive", "single")
 SAMPLERS = ("uniform", "balanced", "bestup", "random_prune", "filter_unconditioned", "path_filter")
+OPTIMIZERS = ("sgd", "adamw")
 BACKENDS = ("fast", "reference")
 DEVICES = ("cpu", "cuda")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -67,12 +68,15 @@ class RunConfig:
     pretrain: bool = True
     pretrain_steps: int = 800
     pretrain_batch_size: int = 24
-    pretrain_learning_rate: float = 4e-3
+    pretrain_optimizer: str = "sgd"
+    pretrain_learning_rate: float = 0.1
+    pretrain_weight_decay: float = 3e-5
     # S2 and S6: detection.
     warmup_steps: int = 900
     train_steps: int = 1800
     batch_size: int = 8
-    learning_rate: float = 5e-3
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-2
     weight_decay: float = 0.02
     distill_after: float = 0.2
     distill_weight: float = 1.0
@@ -99,6 +103,8 @@ class RunConfig:
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("backend", self.backend, BACKENDS)
+        _check_choice("pretrain_optimizer", self.pretrain_optimizer, OPTIMIZERS)
+        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("device", self.device, DEVICES)
         if self.device == "cuda" and self.backend == "fast":
             raise InputError(

@@ -54,6 +54,7 @@ def finetune_front(job: Job, net: DetectionSupernet, front: list[Path]) -> list[
             schedule="single",
             steps=job.config.finetune_steps,
             batch_size=job.config.batch_size,
+            optimizer=job.config.optimizer,
             learning_rate=_RATE_FACTOR * job.config.learning_rate,
             weight_decay=job.config.weight_decay,
             ema_decay=job.config.ema_decay,

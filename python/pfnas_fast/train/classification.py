@@ -38,8 +38,9 @@ def pretrain(
     steps: int,
     schedule: str = "sandwich",
     batch_size: int = 64,
-    learning_rate: float = 2e-3,
-    weight_decay: float = 0.02,
+    optimizer: str = "sgd",
+    learning_rate: float = 0.1,
+    weight_decay: float = 3e-5,
     ema_decay: float = 0.995,
     hflip: bool = True,
     checkpoint_every: int = 100,
@@ -58,7 +59,8 @@ def pretrain(
         steps: Optimizer steps.
         schedule: "sandwich", "progressive" or "single".
         batch_size: Images per step and process.
-        learning_rate, weight_decay, ema_decay, checkpoint_every, run, seed, stage, progress: As for `train`.
+        optimizer, learning_rate, weight_decay, ema_decay, checkpoint_every, run, seed, stage, progress: As
+            for `train`.
         hflip: Whether a mirrored image keeps its class.
 
     Returns:
@@ -88,6 +90,7 @@ def pretrain(
         schedule,
         steps,
         batch_size,
+        optimizer,
         learning_rate,
         weight_decay,
         0.2,

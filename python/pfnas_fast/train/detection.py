@@ -27,7 +27,8 @@ def train(
     schedule: str = "sandwich",
     steps: int,
     batch_size: int = 8,
-    learning_rate: float = 5e-3,
+    optimizer: str = "adamw",
+    learning_rate: float = 1e-2,
     weight_decay: float = 0.02,
     distill_after: float = 0.2,
     distill_weight: float = 1.0,
@@ -49,7 +50,8 @@ def train(
         schedule: "sandwich", "progressive" or "single" (`pfnas_fast.train.schedules`).
         steps: Optimizer steps.
         batch_size: Images per step and process; every path of a step sees the same images.
-        learning_rate: Peak of the cosine (AdamW).
+        optimizer: "adamw" or "sgd" (Nesterov momentum 0.9).
+        learning_rate: Peak of the cosine.
         weight_decay: Of convolution weights.
         distill_after: Fraction of the steps without distillation.
         distill_weight: Factor of the distillation loss; 0 switches it off, and no teacher runs.
@@ -92,6 +94,7 @@ def train(
         schedule,
         steps,
         batch_size,
+        optimizer,
         learning_rate,
         weight_decay,
         distill_after,

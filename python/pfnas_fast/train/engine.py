@@ -63,6 +63,7 @@ class TrainOptions:
     schedule: str
     num_steps: int
     batch_size: int
+    optimizer: str
     learning_rate: float
     weight_decay: float
     distill_after: float
@@ -88,7 +89,7 @@ class TrainOptions:
 @dataclass
 class _LoopState:
     step: int
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     average: WeightAverage
     teacher_net: nn.Module | None
     macs_t: float
@@ -167,7 +168,7 @@ def _start(net: nn.Module, saved: dict[str, Any] | None, options: TrainOptions) 
     if saved is not None:
         net.load_state_dict(saved["model"])
     broadcast_parameters(net)  # before the average is cloned, so that all ranks average the same weights
-    optimizer = make_optimizer(net, learning_rate=options.learning_rate, weight_decay=options.weight_decay)
+    optimizer = _make_optimizer(net, options)
     average = WeightAverage(net, decay=options.ema_decay)
     if saved is None:
         return _LoopState(0, optimizer, average, None, 0.0, 0.0)
@@ -180,6 +181,15 @@ def _start(net: nn.Module, saved: dict[str, Any] | None, options: TrainOptions) 
     return _LoopState(saved["step"], optimizer, average, teacher_net, saved["macs_t"], saved["seconds"])
 
 
+def _make_optimizer(net: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+    return make_optimizer(
+        net,
+        kind=options.optimizer,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+    )
+
+
 def _enter_phase(
     net: nn.Module, phase: Phase, state: _LoopState, options: TrainOptions, *, is_first: bool
 ) -> None:
@@ -190,9 +200,7 @@ def _enter_phase(
         state.teacher_net = copy.deepcopy(net)
     if phase.sort_channels is not None:
         net.re_organize_middle_weights(expand_ratio_stage=phase.sort_channels)  # type: ignore[operator]
-    state.optimizer = make_optimizer(
-        net, learning_rate=options.learning_rate, weight_decay=options.weight_decay
-    )
+    state.optimizer = _make_optimizer(net, options)
     state.average = WeightAverage(net, decay=options.ema_decay)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW that leaves unsampled layers alone, a learning-rate curve, and an average of the weights."""
+"""Optimizers that leave unsampled layers alone, a learning-rate curve, and an average of the weights."""
 
 from __future__ import annotations
 
@@ -8,23 +8,43 @@ import math
 import torch
 from torch import nn
 
+from pfnas_fast.errors import InputError
+from pfnas_fast.run.config import OPTIMIZERS
+
+_MOMENTUM = 0.9
 _RATE_WARMUP_FRACTION = 0.05
 _RATE_HOLD_FRACTION = 0.5  # a cosine from the start decays before a short training has left its first plateau
 _FINAL_RATE_FRACTION = 0.02
 
 
-def make_optimizer(net: nn.Module, *, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW in which only convolution and linear weights decay.
+def make_optimizer(
+    net: nn.Module, *, kind: str = "adamw", learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, or AdamW, in which only convolution and linear weights decay.
 
     BN, biases and the kernel matrices (whose rest is the identity) do not.
 
     A parameter whose `grad` is None is skipped, so a layer that no sampled path used does not move.
+
+    Args:
+        net: Whose parameters.
+        kind: "sgd" (momentum 0.9, Nesterov) or "adamw".
+        learning_rate: Of all parameters.
+        weight_decay: For "sgd" added to the gradient (Once-for-All: 3e-5), for "adamw" decoupled.
+
+    Raises:
+        InputError: another `kind`.
     """
+    if kind not in OPTIMIZERS:
+        raise InputError(f"train: expected one of {', '.join(OPTIMIZERS)} for optimizer, got {kind!r}")
     decay, rest = [], []
     for name, parameter in net.named_parameters():
         is_weight = parameter.ndim >= 2 and "matrix" not in name
         (decay if is_weight else rest).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    if kind == "sgd":
+        # Not fused: that kernel refuses a parameter whose first gradient comes after those of others.
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=_MOMENTUM, nesterov=True, foreach=True)
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
 
