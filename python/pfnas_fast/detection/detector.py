@@ -100,7 +100,8 @@ class Detector(nn.Module):
             >>> from pfnas_fast.space import load_space
             >>> space = load_space("tiny")
             >>> detector = Detector(space, space.min_path(), num_classes=3).eval()
-            >>> len(detector.predict(torch.zeros(3, 480, 640, dtype=torch.uint8)))
+            >>> image = torch.zeros(3, 480, 640, dtype=torch.uint8)
+            >>> len(detector.predict(image, score_threshold=0.9))  # an untrained net is sure of nothing
             0
         """
         if not isinstance(image, Tensor) or image.dtype != torch.uint8:
