@@ -13,6 +13,8 @@
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/simd.h"
+#include "kernels/dynamic_depthwise_conv/direct.h"
+#include "kernels/dynamic_depthwise_conv/direct_steps.h"
 #include "kernels/dynamic_depthwise_conv/filter.h"
 #include "kernels/dynamic_depthwise_conv/params.h"
 #include "kernels/dynamic_depthwise_conv/planes.h"
@@ -40,6 +42,8 @@ void forward_step(const Params& p, const RowKernels& rows, const Step& step, con
 
 void forward(const Params& p) {
   const RowKernels rows = select_rows(p);
+  const DirectKernels direct = select_direct_kernels(p);
+  const bool packs = direct.forward == nullptr;
   const std::int64_t taps = p.kernel_size * p.kernel_size;
   Planes plan = input_planes(p, rows);
   const Cut cut = cut_call(p, conv_flops(p), p.stride * plan.pitch * kBlock);
@@ -53,13 +57,17 @@ void forward(const Params& p) {
   const Derivation derivation(p);
   derive_filters(p, derivation, cut.num_blocks, filters);
   parallel_for(cut.num_items(), conv_flops(p), [&](std::int64_t item) {
+    if (!packs) {
+      direct_forward_item(p, direct, cut, item, filters.filter + cut.first_block(item) * taps * kBlock);
+      return stream_fence();
+    }
     Planes x = plan;
     x.data = thread_scratch(Scratch::kThread, static_cast<std::size_t>(x.size()));
     x.clear_borders();
     for (Step step = cut.first(item); !cut.done(item, step);) {
       const Step next = cut.next(item, step);
-      forward_step(p, rows, step, cut.done(item, next) ? nullptr : &next,
-                   filters.filter + step.block * taps * kBlock, x);
+      const float* filter = filters.filter + step.block * taps * kBlock;
+      forward_step(p, rows, step, cut.done(item, next) ? nullptr : &next, filter, x);
       step = next;
     }
     stream_fence();
@@ -101,6 +109,8 @@ void backward_step(const Params& p, const RowKernels& rows, const Step& step, co
 void backward(const Params& p) {
   const RowKernels rows = select_rows(p);
   const std::int64_t taps = p.kernel_size * p.kernel_size;
+  const DirectKernels direct = select_direct_kernels(p);
+  const bool packs = direct.grad_input == nullptr || direct.grad_filter == nullptr;
   BackwardScratch plan{input_planes(p, rows), grad_planes(p, rows), nullptr, nullptr};
   const Cut cut = cut_call(p, conv_flops(p), (p.stride * plan.x.pitch + plan.grad_y.pitch) * kBlock);
   plan.x.num_rows = min_of<std::int64_t>(p.height, (cut.slab_rows - 1) * p.stride + p.kernel_size);
@@ -117,11 +127,16 @@ void backward(const Params& p) {
   derive_filters(p, derivation, cut.num_blocks, filters);
 
   parallel_for(cut.num_items(), 2 * conv_flops(p), [&](std::int64_t item) {
+    float* sums = partial + cut.group(item) * group_size;
+    const std::int64_t begin = cut.first_block(item) * taps * kBlock,
+                       end = cut.end_block(item) * taps * kBlock;
+    for (std::int64_t i = begin; i < end; ++i) sums[i] = 0.0f;
+    if (!packs) {
+      direct_backward_item(p, direct, cut, item, filters.filter + begin, sums + begin);
+      return stream_fence();
+    }
     BackwardScratch scratch = plan;
     scratch.place(thread_scratch(Scratch::kThread, static_cast<std::size_t>(scratch.size())));
-    float* sums = partial + cut.group(item) * group_size;
-    const std::int64_t end = cut.end_block(item) * taps * kBlock;
-    for (std::int64_t i = cut.first_block(item) * taps * kBlock; i < end; ++i) sums[i] = 0.0f;
     for (Step step = cut.first(item); !cut.done(item, step);) {
       const Step next = cut.next(item, step);
       const std::int64_t offset = step.block * taps * kBlock;

@@ -14,7 +14,7 @@ namespace pfnas::PFNAS_TIER {
 // Whether whole lines of an output are written and there are more of them than a cache keeps until the next
 // op reads them.
 static inline bool streams_past_caches(const Image& out, std::int64_t batch, const float* data) {
-  constexpr std::int64_t kMinFloats = 8 << 20;  // 32 MB
+  constexpr std::int64_t kMinFloats = 4 << 20;  // 16 MB
   return kCanStream && out.channels % kLanes == 0 &&
          reinterpret_cast<std::uintptr_t>(data) % sizeof(Vec) == 0 &&
          batch * out.image_stride() >= kMinFloats;
