@@ -92,8 +92,8 @@ bool close(const std::vector<float>& actual, const std::vector<double>& expected
 int main() {
   struct {
     std::int64_t n, c, h, w;
-  } const sizes[] = {{1, 1, 1, 1},  {2, 17, 5, 5},  {1, 24, 10, 7}, {3, 40, 14, 14},
-                     {9, 16, 7, 7}, {1, 16, 3, 33}, {1, 33, 40, 57}};
+  } const sizes[] = {{1, 1, 1, 1},   {2, 17, 5, 5},   {1, 24, 10, 7},  {3, 40, 14, 14}, {9, 16, 7, 7},
+                     {1, 16, 3, 33}, {1, 33, 40, 57}, {2, 48, 11, 20}, {1, 32, 5, 15}};
   int failures = 0;
   for (const auto& size : sizes)
     for (int kernel_size : {3, 5, 7})

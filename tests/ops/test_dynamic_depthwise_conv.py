@@ -40,6 +40,8 @@ CASES = [
     Case(1, 16, 2, 61),  # flatter than the filter, ragged width
     Case(9, 32, 7, 7, spare=16),  # several images per step
     Case(1, 16, 90, 131),  # several bands per image
+    Case(2, 48, 11, 20),  # k3 without packing: several tiles per row, an odd height
+    Case(1, 32, 5, 15, spare=1),  # the same where stride 2 has an odd width
 ]
 KERNELS = [3, 5, 7]
 

@@ -46,10 +46,9 @@ struct OuterColumns {
   std::int64_t step[kCount + 1];
   bool exists[kCount + 1];
 
-  PFNAS_INLINE OuterColumns(const MapView& map, const float* row, bool row_exists, std::int64_t first,
-                            std::int64_t row_step) {
+  PFNAS_INLINE OuterColumns(const MapView& map, const float* row, std::int64_t first, std::int64_t row_step) {
     PFNAS_UNROLL for (int i = 0; i < kCount; ++i) {
-      const bool inside = row_exists && first + i >= 0 && first + i < map.width;
+      const bool inside = first + i >= 0 && first + i < map.width;
       at[i] = inside ? row + (first + i) * map.col_stride : kZeros;
       step[i] = inside ? row_step : 0;
       exists[i] = inside;
@@ -97,8 +96,8 @@ static PFNAS_INLINE void direct_tile(const DirectConvJob& job, const float* row,
                                      std::int64_t row_step, std::int64_t w_begin, std::int64_t w_step,
                                      int num_rows, const float* ahead, float* out) {
   constexpr int kBodyEnd = Columns::kLeft + Columns::kBody;
-  const OuterColumns<Columns::kLeft> all_left(job.in, row, true, col - Columns::kLeft, row_step);
-  const OuterColumns<Columns::kRight> all_right(job.in, row, true, col + Columns::kBody, row_step);
+  const OuterColumns<Columns::kLeft> all_left(job.in, row, col - Columns::kLeft, row_step);
+  const OuterColumns<Columns::kRight> all_right(job.in, row, col + Columns::kBody, row_step);
   const std::int64_t out_row_stride = job.out_width * job.in.col_stride;
   for (std::int64_t c = 0; c < job.num_channels; c += kLanes, out += kLanes) {
     OuterColumns<Columns::kLeft> left = all_left.channel(c);
@@ -178,6 +177,7 @@ struct DirectGradFilterJob {
   MapView grad_y;
   float* grads;               // [num_blocks][K * K taps][kBlock]; added to
   std::int64_t num_channels;  // a multiple of kLanes
+  bool fetches;               // what the next row reads
 };
 
 template <int K, int S, int kWidth>
@@ -189,8 +189,10 @@ static PFNAS_INLINE void direct_grad_filter_tile(const DirectGradFilterJob& job,
     float* sums_at = job.grads + c / kBlock * K * K * kBlock + c % kBlock;
     const float* g = all_g + c;
     const float* ahead = job.x.row(image, y * S - P + K) + col * S * job.x.col_stride + c;
-    fetch_columns<S, S * kWidth>(ahead, job.x.row_stride(), job.x.col_stride);
-    fetch_columns<1, kWidth>(g + 2 * job.grad_y.row_stride(), 0, job.grad_y.col_stride);
+    if (job.fetches) {
+      fetch_columns<S, S * kWidth>(ahead, job.x.row_stride(), job.x.col_stride);
+      fetch_columns<1, kWidth>(g + 2 * job.grad_y.row_stride(), 0, job.grad_y.col_stride);
+    }
     Vec grads[kWidth];
     PFNAS_UNROLL for (int j = 0; j < kWidth; ++j, g += job.grad_y.col_stride) grads[j] = load(g);
     for (int r = 0; r < K; ++r) {

@@ -19,6 +19,12 @@ struct ChannelRange {
         count(min_of(p.channels, cut.end_block(item) * kBlock) - begin) {}
 };
 
+// Whether fetching ahead of the hardware pays: out of L3, it costs more than it hides.
+static inline bool fetches_ahead(const DynamicDepthwiseConvParams& p) {
+  constexpr std::int64_t kMinFloats = 6 << 20;  // 24 MB of x and y
+  return p.batch * p.channels * (p.height * p.width + p.out_height * p.out_width) >= kMinFloats;
+}
+
 static inline MapView map_view(const Image& image, const ChannelRange& channels) {
   return {image.data + channels.begin, image.height, image.width, image.channels};
 }
@@ -40,7 +46,7 @@ static inline void direct_forward_item(const DynamicDepthwiseConvParams& p, cons
                                        const Cut& cut, std::int64_t item, const float* filters) {
   const ChannelRange channels(p, cut, item);
   const DirectConvJob job =
-      direct_conv_job(x_image(p, p.x), y_image(p, p.y), p.batch, p.y, filters, channels, true);
+      direct_conv_job(x_image(p, p.x), y_image(p, p.y), p.batch, p.y, filters, channels, fetches_ahead(p));
   for (std::int64_t image = cut.first_image(item); image < cut.end_image(item); ++image) {
     for (std::int64_t y = 0; y < p.out_height; ++y) kernels.forward(job, image, y);
   }
@@ -50,17 +56,22 @@ static inline void direct_forward_item(const DynamicDepthwiseConvParams& p, cons
 static inline void direct_backward_item(const DynamicDepthwiseConvParams& p, const DirectKernels& kernels,
                                         const Cut& cut, std::int64_t item, const float* filters,
                                         float* sums) {
+  constexpr std::int64_t kRowsPerTurn = 8;  // grad_x is written in long runs, its grad_y is still in L2
   const ChannelRange channels(p, cut, item);
   const Image x = x_image(p, p.x), grad_y = y_image(p, p.grad_y), grad_x = x_image(p, p.grad_x);
-  const DirectGradFilterJob job{map_view(x, channels), map_view(grad_y, channels), sums, channels.count};
-  const DirectConvJob conv =
-      direct_conv_job(grad_y, grad_x, p.batch, p.grad_x, filters, channels, p.grad_bank == nullptr);
+  const DirectGradFilterJob job{map_view(x, channels), map_view(grad_y, channels), sums, channels.count,
+                                fetches_ahead(p)};
+  const DirectConvJob conv = direct_conv_job(grad_y, grad_x, p.batch, p.grad_x, filters, channels,
+                                             p.grad_bank == nullptr && fetches_ahead(p));
   for (std::int64_t image = cut.first_image(item); image < cut.end_image(item); ++image) {
-    for (std::int64_t y = 0; y < p.out_height; ++y) {
-      if (p.grad_bank != nullptr) kernels.grad_filter(job, image, y);
+    for (std::int64_t begin = 0; begin < p.out_height; begin += kRowsPerTurn) {
+      const std::int64_t end = min_of(p.out_height, begin + kRowsPerTurn);
+      if (p.grad_bank != nullptr) {
+        for (std::int64_t y = begin; y < end; ++y) kernels.grad_filter(job, image, y);
+      }
       if (p.grad_x == nullptr) continue;
-      const std::int64_t end = min_of(p.height, (y + 1) * p.stride);
-      for (std::int64_t row = y * p.stride; row < end; ++row) kernels.grad_input(conv, image, row);
+      const std::int64_t end_row = min_of(p.height, end * p.stride);
+      for (std::int64_t row = begin * p.stride; row < end_row; ++row) kernels.grad_input(conv, image, row);
     }
   }
 }
