@@ -12,7 +12,6 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from pfnas_fast.errors import InputError
-from pfnas_fast.filter.exact import ExactSampler
 from pfnas_fast.filter.thresholds import BudgetThresholds, PathScorer
 
 __all__ = ["Balanced", "BestUp", "Filtered", "RandomPrune", "Sampler", "Uniform"]
@@ -76,7 +75,9 @@ class _Base:
         return self
 
     def _prepare(self) -> None:
-        pass
+        from pfnas_fast.space import BudgetSampler
+
+        self._budgets = BudgetSampler(self.cost)
 
     def _require_bound(self) -> None:
         if self.cost is None:
@@ -128,6 +129,9 @@ class _Base:
 class Uniform(_Base):
     """Once-for-All's gene measure: depth uniform, then each active gene, then the resolution."""
 
+    def _prepare(self) -> None:
+        pass
+
     def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
         """See `Sampler`."""
         from pfnas_fast.space import uniform_population
@@ -142,13 +146,10 @@ class Balanced(_Base):
         super().__init__(space)
         self.window = window
 
-    def _prepare(self) -> None:
-        self._budgets = ExactSampler(self.cost, window=self.window)
-
     def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
         """See `Sampler`."""
         self._require_bound()
-        return self._budgets.sample_log_uniform(rng, n)
+        return self._budgets.sample_log_uniform(rng, n, window=self.window)
 
 
 class _Rejecting(Balanced):
