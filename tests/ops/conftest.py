@@ -3,6 +3,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,25 +16,28 @@ CPU_TIERS = ["portable", "avx2", "avx512"]
 sys.path.append(str(Path(__file__).resolve().parents[1] / "cuda_emulator"))
 
 
+@contextmanager
+def _forced(tier: str) -> Iterator[str]:
+    if tier not in supported_cpu_isas():
+        pytest.skip(f"this CPU (or this build) does not run the {tier} tier")
+    force_cpu_isa(tier)
+    yield tier
+    force_cpu_isa(None)
+
+
 @pytest.fixture(params=CPU_TIERS)
 def tier(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once per instruction-set tier; skips those that this CPU cannot run."""
-    if request.param not in supported_cpu_isas():
-        pytest.skip(f"this CPU (or this build) does not run the {request.param} tier")
-    force_cpu_isa(request.param)
-    yield request.param
-    force_cpu_isa(None)
+    with _forced(request.param) as name:
+        yield name
 
 
 @pytest.fixture(params=[*CPU_TIERS, "cuda-emulated"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """As `tier`, and the op's CUDA kernels, which tests/cuda_emulator runs on CPU tensors."""
     if request.param != "cuda-emulated":
-        if request.param not in supported_cpu_isas():
-            pytest.skip(f"this CPU (or this build) does not run the {request.param} tier")
-        force_cpu_isa(request.param)
-        yield request.param
-        force_cpu_isa(None)
+        with _forced(request.param) as name:
+            yield name
         return
     from emulated_ops import emulated_ops
     from emulator_build import PLAIN, build_module, compiler, load_module

@@ -3,7 +3,7 @@
 
 Call path: `dynamic_depthwise_conv` checks and lays out -> torch.ops.pfnas_fast.dynamic_depthwise_conv ->
 `_forward` allocates y -> _C fills Params, picks the kernel by sizes and CPU tier, runs it without the GIL.
-On a GPU `_forward_cuda` also allocates the workspace, and _C launches on torch's current stream and returns.
+On a GPU it also allocates the workspace, and _C launches on torch's current stream and returns.
 Autograd calls torch.ops.pfnas_fast.dynamic_depthwise_conv_backward: every wanted gradient in one pass.
 """
 
@@ -160,12 +160,27 @@ def _output_like(x: Tensor, stride: int) -> Tensor:
 
 
 def _forward(
-    x: Tensor, weight: Tensor, matrix_5: Tensor | None, matrix_3: Tensor | None, kernel_size: int, stride: int
+    run: Callable[..., None],
+    workspace: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    weight: Tensor,
+    matrix_5: Tensor | None,
+    matrix_3: Tensor | None,
+    kernel_size: int,
+    stride: int,
 ) -> Tensor:
+    """`run` is the compiled module's function for the device, `workspace` what it needs besides."""
     x = x.contiguous(memory_format=torch.channels_last)
     y = _output_like(x, stride)
-    _C.dynamic_depthwise_conv_forward(
-        x, weight.contiguous(), _contiguous(matrix_5), _contiguous(matrix_3), kernel_size, stride, y
+    run(
+        x,
+        weight.contiguous(),
+        _contiguous(matrix_5),
+        _contiguous(matrix_3),
+        kernel_size,
+        stride,
+        *workspace(x, weight, kernel_size, stride, backward=False),
+        y,
     )
     return y
 
@@ -187,6 +202,8 @@ def _empty_gradients(
 
 
 def _backward(
+    run: Callable[..., None],
+    workspace: Callable[..., tuple[Tensor, ...]],
     grad_y: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -198,7 +215,7 @@ def _backward(
     need_filter: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gradients = _empty_gradients(x, weight, kernel_size, need_x, need_filter)
-    _C.dynamic_depthwise_conv_backward(
+    run(
         grad_y.contiguous(memory_format=torch.channels_last),
         x.contiguous(memory_format=torch.channels_last),
         weight.contiguous(),
@@ -206,77 +223,34 @@ def _backward(
         _contiguous(matrix_3),
         kernel_size,
         stride,
+        *workspace(x, weight, kernel_size, stride, backward=True),
         *(gradient if gradient.numel() or gradient.ndim > 1 else None for gradient in gradients),
     )
     return gradients
 
 
-def _workspace(
-    module: Any, x: Tensor, weight: Tensor, kernel_size: int, stride: int, backward: bool
-) -> Tensor:
+def _no_workspace(x: Tensor, weight: Tensor, kernel_size: int, stride: int, *, backward: bool) -> tuple[()]:
+    return ()
+
+
+def _cuda_workspace(
+    module: Any, x: Tensor, weight: Tensor, kernel_size: int, stride: int, *, backward: bool
+) -> tuple[Tensor]:
     """Scratch of one call, float32: memory of torch's allocator, so that CUDA graphs may capture the op."""
     count = module.dynamic_depthwise_conv_cuda_workspace(
         x.shape, kernel_size, weight.shape[-1], stride, backward
     )
-    return torch.empty(count, dtype=torch.float32, device=x.device)
-
-
-def _forward_cuda(
-    module: Any,
-    x: Tensor,
-    weight: Tensor,
-    matrix_5: Tensor | None,
-    matrix_3: Tensor | None,
-    kernel_size: int,
-    stride: int,
-) -> Tensor:
-    x = x.contiguous(memory_format=torch.channels_last)
-    y = _output_like(x, stride)
-    module.dynamic_depthwise_conv_cuda_forward(
-        x,
-        weight.contiguous(),
-        _contiguous(matrix_5),
-        _contiguous(matrix_3),
-        kernel_size,
-        stride,
-        _workspace(module, x, weight, kernel_size, stride, backward=False),
-        y,
-    )
-    return y
-
-
-def _backward_cuda(
-    module: Any,
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    matrix_5: Tensor | None,
-    matrix_3: Tensor | None,
-    kernel_size: int,
-    stride: int,
-    need_x: bool,
-    need_filter: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gradients = _empty_gradients(x, weight, kernel_size, need_x, need_filter)
-    module.dynamic_depthwise_conv_cuda_backward(
-        grad_y.contiguous(memory_format=torch.channels_last),
-        x.contiguous(memory_format=torch.channels_last),
-        weight.contiguous(),
-        _contiguous(matrix_5),
-        _contiguous(matrix_3),
-        kernel_size,
-        stride,
-        _workspace(module, x, weight, kernel_size, stride, backward=True),
-        *(gradient if gradient.numel() or gradient.ndim > 1 else None for gradient in gradients),
-    )
-    return gradients
+    return (torch.empty(count, dtype=torch.float32, device=x.device),)
 
 
 def cuda_implementations(module: Any) -> dict[str, Callable[..., Any]]:
     """The op's CUDA implementations by name, over a compiled module: `_C`, or the tests' emulator."""
+    workspace = partial(_cuda_workspace, module)
     return {
-        "dynamic_depthwise_conv": partial(_forward_cuda, module),
-        "dynamic_depthwise_conv_backward": partial(_backward_cuda, module),
+        "dynamic_depthwise_conv": partial(_forward, module.dynamic_depthwise_conv_cuda_forward, workspace),
+        "dynamic_depthwise_conv_backward": partial(
+            _backward, module.dynamic_depthwise_conv_cuda_backward, workspace
+        ),
     }
 
 
@@ -334,8 +308,14 @@ def _fake_backward(
     return _empty_gradients(x, weight, kernel_size, need_x, need_filter)
 
 
-LIBRARY.impl("dynamic_depthwise_conv", _forward, "CPU")
-LIBRARY.impl("dynamic_depthwise_conv_backward", _backward, "CPU")
+LIBRARY.impl(
+    "dynamic_depthwise_conv", partial(_forward, _C.dynamic_depthwise_conv_forward, _no_workspace), "CPU"
+)
+LIBRARY.impl(
+    "dynamic_depthwise_conv_backward",
+    partial(_backward, _C.dynamic_depthwise_conv_backward, _no_workspace),
+    "CPU",
+)
 if _C.cuda_built:
     for _name, _implementation in cuda_implementations(_C).items():
         LIBRARY.impl(_name, _implementation, "CUDA")

@@ -218,10 +218,10 @@ class Walker:
         total, after_choice, after_stop = grid.suffix_masses(keep=True)
         self.cumulative = np.concatenate([[0.0], np.cumsum(total)])
         self.cumulative_down = np.concatenate([np.cumsum(total[::-1])[::-1], [0.0]])
-        self.pad = self._pad = int(grid.buckets.max())
-        length = len(total) + self._pad
+        self.pad = int(grid.buckets.max())
+        length = len(total) + self.pad
         # Zeros around each table stand for 'cannot be finished', so that no index needs a check.
-        self._after_choice = [_padded(a, self._pad, length) for a in after_choice]
+        self._after_choice = [_padded(a, self.pad, length) for a in after_choice]
         self._after_stop = [_padded(a, 0, len(total)) for a in after_stop]
 
     def tables(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -303,7 +303,7 @@ class Walker:
         weights = np.empty((size + 1, len(left)))
         weights[0] = stop * self._after_stop[block][left]
         scale = go_on * grid.choice_weight(block)
-        start = left + self._pad
+        start = left + self.pad
         for code in range(1, size + 1):
             weights[code] = scale * self._after_choice[block][start - grid.buckets[block, code]]
         np.cumsum(weights, axis=0, out=weights)
