@@ -228,13 +228,17 @@ def test_autocast_runs_in_float32() -> None:
     assert torch.equal(y, expected)
 
 
+# The second case takes the way of k3 without packing.
+@pytest.mark.parametrize("case", [Case(6, 40, 23, 22), Case(6, 48, 24, 20)], ids=lambda case: case.name)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel_size", KERNELS)
-def test_same_bits_for_any_number_of_threads(kernel_size: int, stride: int, num_threads: None) -> None:
+def test_same_bits_for_any_number_of_threads(
+    kernel_size: int, stride: int, case: Case, num_threads: None
+) -> None:
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        arguments = make(Case(6, 40, 23, 22))
+        arguments = make(case)
         y = dynamic_depthwise_conv(*arguments, kernel_size=kernel_size, stride=stride)
         y.backward(gradient_like(y))
         results.append([y, *(t.grad for t in arguments if t.grad is not None)])
@@ -242,9 +246,11 @@ def test_same_bits_for_any_number_of_threads(kernel_size: int, stride: int, num_
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+# The second case takes the way of k3 without packing.
+@pytest.mark.parametrize("case", [Case(2, 20, 9, 9), Case(2, 32, 10, 10)], ids=lambda case: case.name)
 @pytest.mark.parametrize("kernel_size", KERNELS)
-def test_nan_in_gives_nan_out(kernel_size: int, backend: str) -> None:
-    x, weight, matrix_5, matrix_3 = make(Case(2, 20, 9, 9))
+def test_nan_in_gives_nan_out(kernel_size: int, case: Case, backend: str) -> None:
+    x, weight, matrix_5, matrix_3 = make(case)
     with torch.no_grad():
         x[1, 18, 4, 5] = math.nan
         weight[3] = math.nan
