@@ -91,7 +91,7 @@ def print_report(report: dict[str, Any], folder: str) -> None:
             f"{entry['ap']:.3f}",
             f"{entry['ap_test']:.3f}",
             f"{entry['ap50_test']:.3f}",
-            f"{folder}/{entry['model']}",
+            entry["model"],
         )
     console.print(table)
     against = Table(title="On test: searched path against random paths of the same budget (AP)")
@@ -109,10 +109,11 @@ def print_report(report: dict[str, Any], folder: str) -> None:
         )
     console.print(against)
     total = report["compute"]["total"]
+    reason = report.get("filter_reason", "")  # runs of earlier versions have none
     console.print(
-        f"Filter used: {'yes' if report['filter_used'] else 'no'}. "
+        f"Filter used: {'yes' if report['filter_used'] else 'no'}{f' ({reason})' if reason else ''}. "
         f"Compute: {total['macs_t']:.2f} T MACs, {total['seconds'] / 60:.1f} min. "
-        f"Everything is in {folder} (report.json, pareto.png, detections/).",
+        f"Everything, models included, is in {folder} (report.json, pareto.png, detections/).",
         highlight=False,
     )
 

@@ -146,7 +146,9 @@ def run_report(job: Job) -> None:
     report["against_random"] = _against_random(front, on_test, random, on_random)
     report["spans"] = _spans(front, job.cost)
     report["macs_ap_correlation"] = _correlations(job)
-    report["filter_used"] = run.read_json("filter/report.json")["filter_used"]
+    filter_report = run.read_json("filter/report.json")
+    report["filter_used"] = filter_report["filter_used"]
+    report["filter_reason"] = filter_report["reason"]
     report["compute"] = compute_ledger(job)
     if config.finetune_steps:
         report["finetuned"] = finetune_front(job, net, front)
