@@ -86,4 +86,5 @@ PYBIND11_MODULE(_C, m) {
   pfnas::register_path_cost(m);
   pfnas::register_path_score(m);
   pfnas::register_path_search(m);
+  pfnas::register_train_mbconv(m);
 }

@@ -14,5 +14,6 @@ void register_dynamic_depthwise_conv_cuda(pybind11::module_& m);
 void register_path_cost(pybind11::module_& m);
 void register_path_score(pybind11::module_& m);
 void register_path_search(pybind11::module_& m);
+void register_train_mbconv(pybind11::module_& m);
 
 }  // namespace pfnas

@@ -7,6 +7,7 @@ from pfnas_fast.ops.dynamic_pointwise_conv import dynamic_pointwise_conv, pack_p
 from pfnas_fast.ops.path_cost import CostTable, path_cost
 from pfnas_fast.ops.path_score import KernelTables, NetworkTables, PackedRanker, RankerTables, path_score
 from pfnas_fast.ops.path_search import BudgetRanker, Flood, SearchSpace
+from pfnas_fast.ops.train_mbconv import train_mbconv
 
 __all__ = [
     "BudgetRanker",
@@ -23,4 +24,5 @@ __all__ = [
     "path_cost",
     "path_score",
     "reference",
+    "train_mbconv",
 ]

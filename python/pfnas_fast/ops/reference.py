@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ __all__ = [
     "dynamic_pointwise_conv",
     "path_cost",
     "path_score",
+    "train_mbconv",
 ]
 
 
@@ -157,3 +159,56 @@ def path_score(tables: RankerTables, codes: Tensor, z: Tensor | None = None) -> 
         curve = tables.curve.double()
         scores = scores + curve[left] + (place - left) * (curve[left + 1] - curve[left])
     return scores, each.t()
+
+
+def _normalize(x: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Batch normalisation over [N, C, H, W] by its own moments, and these, [3, C]."""
+    channels = x.shape[1]
+    if norm is None:
+        return x, x.new_full((3, channels), torch.nan)
+    var, mean = torch.var_mean(x, (0, 2, 3), unbiased=False)  # [C] each
+    invstd = (var + eps).rsqrt()
+    scale, shift = (values[:channels, None, None] for values in norm)
+    y = (x - mean[:, None, None]) * invstd[:, None, None] * scale + shift
+    count = x.numel() // channels
+    return y, torch.stack([mean, var * count / (count - 1), invstd]).detach()
+
+
+def train_mbconv(
+    x: Tensor,
+    expand_weight: Tensor | None,
+    depth_weight: Tensor,
+    matrices: tuple[Tensor | None, Tensor | None],
+    project_weight: Tensor,
+    norms: Sequence[tuple[Tensor, Tensor] | None],
+    excitation: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    *,
+    mid_channels: int,
+    out_channels: int,
+    se_channels: int = 0,
+    kernel_size: int,
+    stride: int = 1,
+    residual: bool = False,
+    activations: Sequence[str | None] = ("relu", "relu", None),
+    eps: Sequence[float] = (1e-5, 1e-5, 1e-5),
+) -> tuple[Tensor, Tensor]:
+    """Twin of `pfnas_fast.ops.train_mbconv`: same arguments and result, all derivatives."""
+    y, moments = x, [x.new_full((3, mid_channels), torch.nan)]  # [N, Ci, H, W]
+    if expand_weight is not None:
+        y = F.conv2d(x, expand_weight[:mid_channels, : x.shape[1]])  # [N, Ce, H, W]
+        y, moments[0] = _normalize(y, norms[0], eps[0])
+    y = apply_activation(y, activations[0])
+    y = dynamic_depthwise_conv(y, depth_weight, *matrices, kernel_size=kernel_size, stride=stride)
+    y, moment = _normalize(y, norms[1], eps[1])
+    moments.append(moment)
+    y = apply_activation(y, activations[1])  # [N, Ce, Ho, Wo]
+    if excitation is not None:
+        w1, b1, w2, b2 = excitation
+        hidden = F.relu(F.linear(y.mean((2, 3)), w1[:se_channels, :mid_channels], b1[:se_channels]))
+        gate = F.hardsigmoid(F.linear(hidden, w2[:mid_channels, :se_channels], b2[:mid_channels]))  # [N, Ce]
+        y = y * gate[:, :, None, None]
+    y = F.conv2d(y, project_weight[:out_channels, :mid_channels])  # [N, Co, Ho, Wo]
+    y, moment = _normalize(y, norms[2], eps[2])
+    moments.append(moment)
+    y = apply_activation(y, activations[2])
+    return (y + x if residual else y), torch.cat(moments, 1)

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""train_mbconv against its float64 twin: values, moments, gradients, determinism, errors."""
+
+import math
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from pfnas_fast.errors import InputError
+from pfnas_fast.ops import reference, train_mbconv
+
+
+class Case(NamedTuple):
+    """Sizes of one call."""
+
+    n: int
+    ci: int
+    ce: int
+    co: int
+    h: int
+    w: int
+    kernel_size: int = 3
+    stride: int = 1
+    max_kernel: int = 7
+    activations: tuple[str | None, ...] = ("relu", "relu", None)
+    se: int = 0
+    spare: int = 0  # rows and columns of the weights beyond those in use
+    expand: bool = True
+    depth_norm: bool = True
+
+    @property
+    def residual(self) -> bool:
+        return self.stride == 1 and self.ci == self.co
+
+    @property
+    def name(self) -> str:
+        acts = "".join("0" if a is None else a[0] for a in self.activations)
+        flags = f"{'' if self.expand else '-noexpand'}{'' if self.depth_norm else '-nonorm'}"
+        return (
+            f"{self.n}x{self.h}x{self.w}-{self.ci}-{self.ce}-{self.co}-k{self.kernel_size}of{self.max_kernel}"
+            f"s{self.stride}{acts}se{self.se}+{self.spare}{flags}"
+        )
+
+
+HSWISH = ("hswish", "hswish", None)
+CASES = [
+    Case(2, 8, 24, 8, 9, 7, kernel_size=5, spare=8),
+    Case(3, 24, 72, 40, 10, 10, kernel_size=7, stride=2, activations=HSWISH),
+    Case(5, 40, 120, 40, 5, 5, kernel_size=3, se=32, spare=16),
+    Case(2, 16, 40, 24, 13, 11, kernel_size=5, stride=2, se=16, activations=HSWISH, max_kernel=5),
+    Case(9, 8, 16, 8, 7, 7, kernel_size=7, activations=HSWISH, se=8),
+    Case(2, 3, 5, 7, 2, 2, kernel_size=3),  # channels that fill no vector, one pixel per corner
+    Case(2, 17, 49, 18, 4, 3, kernel_size=5, se=9, spare=1),
+    Case(1, 8, 16, 8, 1, 9, kernel_size=3, max_kernel=3),  # flat
+    Case(1, 16, 33, 16, 40, 41, kernel_size=7),  # more pixels than a tile and a slab
+    Case(2, 112, 336, 112, 6, 6, kernel_size=5, se=88, activations=HSWISH),  # small tiles
+    Case(2, 16, 16, 16, 9, 8, expand=False, activations=(None, "relu", None), max_kernel=3),
+    Case(2, 24, 24, 16, 6, 5, expand=False, depth_norm=False, activations=(None, None, "hswish")),
+]
+# Sums over all pixels and channels, in float32 and in another order than the twin's.
+TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
+
+
+class Arguments:
+    """Leaves of one call."""
+
+    def __init__(self, case: Case, seed: int = 0) -> None:
+        g = torch.Generator().manual_seed(seed)
+
+        def rand(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape, generator=g) * scale).requires_grad_()
+
+        def norm(channels: int) -> tuple[Tensor, Tensor]:
+            return (rand(channels, scale=0.3).detach() + 1).requires_grad_(), rand(channels, scale=0.3)
+
+        ci, ce, co, r, s = case.ci, case.ce, case.co, case.se, case.spare
+        k = case.max_kernel
+        self.case = case
+        x = rand(case.n, ci, case.h, case.w).detach()
+        self.x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        self.expand = rand(ce + s, ci + s, 1, 1, scale=ci**-0.5) if case.expand else None
+        self.bank = rand(ce + s, 1, k, k, scale=1 / k)
+        self.matrices = tuple(
+            (torch.eye(m) + torch.randn(m, m, generator=g) / m).requires_grad_() for m in (25, 9)
+        )
+        self.project = rand(co + s, ce + s, 1, 1, scale=ce**-0.5)
+        self.norms = [
+            norm(ce + s) if case.expand else None,
+            norm(ce + s) if case.depth_norm else None,
+            norm(co + s),
+        ]
+        self.excitation = None
+        if r:
+            self.excitation = (
+                rand(r + s, ce + s, scale=2 * ce**-0.5),
+                rand(r + s, scale=0.5),
+                rand(ce + s, r + s, scale=2 * r**-0.5),
+                rand(ce + s),
+            )
+
+    def leaves(self) -> dict[str, Tensor]:
+        leaves = {"x": self.x, "bank": self.bank, "project": self.project}
+        if self.expand is not None:
+            leaves["expand"] = self.expand
+        leaves |= dict(zip(("matrix_5", "matrix_3"), self.matrices, strict=True))
+        for stage, norm in enumerate(self.norms):
+            if norm is not None:
+                leaves |= {f"gamma_{stage}": norm[0], f"beta_{stage}": norm[1]}
+        if self.excitation is not None:
+            leaves |= dict(zip(("w1", "b1", "w2", "b2"), self.excitation, strict=True))
+        return leaves
+
+    def double(self) -> "Arguments":
+        other = Arguments(self.case)
+        mine = self.leaves()
+        for name, leaf in other.leaves().items():
+            leaf.data = mine[name].detach().double()
+        return other
+
+    def run(self, op: Any) -> tuple[Tensor, Tensor]:
+        c = self.case
+        return op(
+            *(self.x, self.expand, self.bank, self.matrices, self.project, self.norms, self.excitation),
+            mid_channels=c.ce,
+            out_channels=c.co,
+            se_channels=c.se,
+            kernel_size=c.kernel_size,
+            stride=c.stride,
+            residual=c.residual,
+            activations=c.activations,
+        )
+
+    def gradients(self, op: Any) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        y, moments = self.run(op)
+        g = torch.Generator().manual_seed(7)
+        y.backward(torch.randn(y.shape, generator=g).to(y.dtype))
+        return y.detach(), moments, {name: leaf.grad for name, leaf in self.leaves().items()}
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    assert actual.shape == expected.shape, what
+    error = float((actual.detach().double() - expected.detach()).abs().max())
+    scale = float(expected.detach().abs().max())
+    assert error <= tolerance * scale, f"{what}: error {error:.2e} of {scale:.2e}"
+
+
+def compare(ours: Arguments, theirs: Arguments, tolerance: float = GRADIENT_TOLERANCE) -> None:
+    y, moments, grads = ours.gradients(train_mbconv)
+    expected, expected_moments, expected_grads = theirs.gradients(reference.train_mbconv)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert not moments.requires_grad
+    assert_close(y, expected, TOLERANCE, "y")
+    present = ~expected_moments[0].isnan()
+    for row, name in enumerate(("mean", "variance", "invstd")):
+        assert_close(moments[row][present], expected_moments[row][present], TOLERANCE, name)
+    for name, wanted in expected_grads.items():
+        got = grads[name]
+        assert (got is None) == (wanted is None), name
+        if got is not None and wanted is not None:
+            assert_close(got, wanted, tolerance, name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_values_and_gradients(case: Case, tier: str) -> None:
+    ours = Arguments(case)
+    compare(ours, ours.double())
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[8]], ids=lambda case: case.name)
+def test_same_bits_for_any_number_of_threads(case: Case, num_threads: None) -> None:
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        y, moments, grads = Arguments(case).gradients(train_mbconv)
+        results.append([y, moments, *(g for g in grads.values() if g is not None)])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize("scale", [20.0, -20.0])
+def test_large_means_keep_the_variance(scale: float, tier: str) -> None:
+    """mean / std = 20 in x: the moments stay within float32 of the twin's."""
+    ours = Arguments(Case(4, 16, 32, 16, 12, 12, kernel_size=5))
+    with torch.no_grad():
+        ours.x += scale
+    theirs = ours.double()
+    y, moments = ours.run(train_mbconv)
+    expected, expected_moments = theirs.run(reference.train_mbconv)
+    torch_mean_error = 20 * 2**-23  # of one addition to such a mean, relative to the deviations
+    assert_close(y, expected, 10 * torch_mean_error, "y")
+    assert_close(moments[2], expected_moments[2], TOLERANCE, "invstd")
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=lambda case: case.name)
+def test_nan_in_gives_nan_out(case: Case, tier: str) -> None:
+    ours = Arguments(case)
+    with torch.no_grad():
+        ours.x[0, 1, 2, 3] = math.nan
+    theirs = ours.double()
+    y, moments, grads = ours.gradients(train_mbconv)
+    _, _, expected = theirs.gradients(reference.train_mbconv)
+    assert y.isnan().all()
+    assert moments[:, case.ce :].isnan().all()
+    for name, wanted in expected.items():
+        grad = grads[name]
+        if grad is not None and wanted is not None:
+            assert grad[wanted.isnan()].isnan().all(), name
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[11]], ids=lambda case: case.name)
+def test_opcheck(case: Case) -> None:
+    a = Arguments(case)
+    norms = [part for norm in a.norms for part in (norm or (None, None))]
+    tensors = (a.x, a.expand, a.bank, *a.matrices, a.project, *norms, *(a.excitation or (None,) * 4))
+    codes = [{None: 0, "relu": 1, "hswish": 2}[name] for name in case.activations]
+    options = (case.ce, case.co, case.se, case.kernel_size, case.stride, case.residual, codes, [1e-5] * 3)
+    ops = torch.ops.pfnas_fast
+    # float comparisons between two runs would see the moments of absent normalisations: uninitialised
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.train_mbconv.default, (*tensors, *options), test_utils=utils)
+    plain = tuple(None if t is None else t.detach() for t in tensors)
+    y, *kept = ops.train_mbconv(*plain, *options)
+    torch.library.opcheck(
+        ops.train_mbconv_backward.default, (y, *plain, *kept, *options, True), test_utils=utils
+    )
+
+
+def test_second_derivatives_raise() -> None:
+    a = Arguments(CASES[0])
+    y, _ = a.run(train_mbconv)
+    (grad_x,) = torch.autograd.grad(y.square().sum(), a.x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="gradient cannot be differentiated again"):
+        grad_x.sum().backward()
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    a, full = Arguments(CASES[2]), Arguments(CASES[2])
+    for name in ("x", "expand", "w1", "beta_2"):
+        a.leaves()[name].requires_grad_(False)
+    _, _, grads = a.gradients(train_mbconv)
+    _, _, wanted = full.gradients(train_mbconv)
+    for name, grad in grads.items():
+        if name in ("x", "expand", "w1", "beta_2"):
+            assert grad is None
+        elif grad is not None:
+            full_grad = wanted[name]
+            assert full_grad is not None
+            assert torch.equal(grad, full_grad), name
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"n": 1, "h": 1, "w": 1}, InputError, "more than one value per channel for x"),
+        ({"max_kernel": 3, "kernel_size": 5}, InputError, "an odd size from 3 to 3 for kernel_size, got 5"),
+        ({"stride": 3}, InputError, "1 or 2 for stride, got 3"),
+    ],
+)
+def test_mistakes_are_named(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="train_mbconv: expected ") as caught:
+        Arguments(CASES[0]._replace(**change)).run(train_mbconv)
+    assert message in str(caught.value)
