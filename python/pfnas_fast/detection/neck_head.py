@@ -7,7 +7,7 @@ form uses torch's own layers.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from pfnas_fast.detection.grid import make_grid
 from pfnas_fast.detection.output import DetectorOutput
+from pfnas_fast.supernet.fused import load_train_op, move_running_statistics, trains_fused
 from pfnas_fast.supernet.layers import DynamicBatchNorm2d, DynamicDepthwiseConv2d, activate, init_conv_
 
 CLASS_PRIOR = (
@@ -85,11 +86,34 @@ class SeparableConv(nn.Module):
         self.point_conv = nn.Conv2d(channels, channels, 1, bias=False)
         init_conv_(self.point_conv.weight.data)
         self.bns = nn.ModuleList(_norm(channels, plain) for _ in range(num_levels))
+        self._train_op = None if plain else load_train_op(backend)
 
     def forward(self, x: Tensor, level: int) -> Tensor:
         """[N, C, H, W] of one level -> [N, C, H, W]."""
+        norm = self.bns[level]
+        assert isinstance(norm, nn.BatchNorm2d)
+        if self._train_op is not None and trains_fused(x, self, (norm,)):
+            return self._train(self._train_op, x, norm)
         y = self.depth_conv(x) if self.plain else self.depth_conv(x, 3)
-        return activate(self.bns[level](self.point_conv(y)), "hswish")
+        return activate(norm(self.point_conv(y)), "hswish")
+
+    def _train(self, op: Callable[..., tuple[Tensor, Tensor]], x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+        channels = x.shape[1]
+        y, moments = op(
+            x,
+            None,
+            self.depth_conv.weight,
+            (None, None),
+            self.point_conv.weight,
+            [None, None, (norm.weight, norm.bias)],
+            mid_channels=channels,
+            out_channels=channels,
+            kernel_size=3,
+            activations=(None, None, "hswish"),
+            eps=(0.0, 0.0, norm.eps),
+        )
+        move_running_statistics((norm,), (channels,), moments[:, 2 * channels :])
+        return y
 
 
 class LevelScale(nn.Module):

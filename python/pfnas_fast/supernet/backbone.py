@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import Path, Space, StaticBlockSpec
+from pfnas_fast.supernet.fused import load_train_op, move_running_statistics, trains_fused
 from pfnas_fast.supernet.layers import DynamicBatchNorm2d, DynamicMBConv, activate, check_backend, init_conv_
 
 
@@ -53,9 +56,10 @@ class StaticBlock(nn.Module):
 
     Args:
         block: What the space says about it.
+        backend: ``"reference"``, or ``"fast"``: one op in training mode.
     """
 
-    def __init__(self, block: StaticBlockSpec) -> None:
+    def __init__(self, block: StaticBlockSpec, *, backend: str = "reference") -> None:
         super().__init__()
         channels = block.in_channels
         self.depth = ConvBN(
@@ -68,11 +72,35 @@ class StaticBlock(nn.Module):
         )
         self.project = ConvBN(channels, block.out_channels)
         self.has_residual = block.stride == 1 and channels == block.out_channels
+        self._train_op = load_train_op(backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
+        if self._train_op is not None and trains_fused(x, self, (self.depth.bn, self.project.bn)):
+            return self._train(self._train_op, x)
         y = self.project(self.depth(x))
         return y.add_(x) if self.has_residual else y
+
+    def _train(self, op: Callable[..., tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
+        depth, project = self.depth, self.project
+        channels, out_channels = x.shape[1], project.bn.num_features
+        y, moments = op(
+            x,
+            None,
+            depth.conv.weight,
+            (None, None),
+            project.conv.weight,
+            [None, (depth.bn.weight, depth.bn.bias), (project.bn.weight, project.bn.bias)],
+            mid_channels=channels,
+            out_channels=out_channels,
+            kernel_size=depth.conv.kernel_size[0],
+            stride=depth.conv.stride[0],
+            residual=self.has_residual,
+            activations=(None, depth.activation, project.activation),
+            eps=(0.0, depth.bn.eps, project.bn.eps),
+        )
+        move_running_statistics((depth.bn, project.bn), (channels, out_channels), moments[:, channels:])
+        return y
 
 
 class Backbone(nn.Module):
@@ -99,7 +127,9 @@ class Backbone(nn.Module):
         self.space = space
         self.backend = check_backend(backend, "Backbone")
         self.stem = ConvBN(3, space.stem_channels, kernel_size=3, stride=2, activation=space.stem_activation)
-        self.first_block = None if space.first_block is None else StaticBlock(space.first_block)
+        self.first_block = (
+            None if space.first_block is None else StaticBlock(space.first_block, backend=backend)
+        )
         self.blocks = nn.ModuleList(DynamicMBConv(block, backend=backend) for block in space.blocks)
         stages: list[list[int]] = [[] for _ in space.stages]
         for block in space.blocks:

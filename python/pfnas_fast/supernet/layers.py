@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import BlockSpec, se_channels
+from pfnas_fast.supernet.fused import load_train_op, move_running_statistics, trains_fused
 
 BACKENDS = ("reference", "fast")
 
@@ -161,7 +162,7 @@ class DynamicDepthwiseConv2d(nn.Module):
         Raises:
             InputError: the layer does not offer `kernel_size`.
         """
-        self._check_kernel_size(kernel_size)
+        self.check_kernel_size(kernel_size)
         weight = self.weight
         if channels != weight.shape[0]:
             weight = weight[:channels]
@@ -179,21 +180,19 @@ class DynamicDepthwiseConv2d(nn.Module):
             InputError: the layer does not offer `kernel_size`.
         """
         if self._op is not None:
-            self._check_kernel_size(kernel_size)
-            matrices = self._parameters
-            return self._op(
-                x,
-                self.weight,
-                matrices.get("7to5_matrix"),
-                matrices.get("5to3_matrix"),
-                kernel_size=kernel_size,
-                stride=self.stride,
-            )
+            self.check_kernel_size(kernel_size)
+            matrices = self.matrices()
+            return self._op(x, self.weight, *matrices, kernel_size=kernel_size, stride=self.stride)
         channels = x.shape[1]
         weight = self.active_weight(channels, kernel_size)
         return F.conv2d(x, weight, None, self.stride, kernel_size // 2, 1, channels)
 
-    def _check_kernel_size(self, kernel_size: int) -> None:
+    def matrices(self) -> tuple[Tensor | None, Tensor | None]:
+        """The maps from 7x7 to 5x5 and from 5x5 to 3x3 filters; None where the layer has none."""
+        return self._parameters.get("7to5_matrix"), self._parameters.get("5to3_matrix")
+
+    def check_kernel_size(self, kernel_size: int) -> None:
+        """Raise `InputError` where the layer does not offer `kernel_size`."""
         if kernel_size not in self.kernel_sizes:
             raise InputError(
                 f"DynamicDepthwiseConv2d: expected one of {self.kernel_sizes} for kernel_size, "
@@ -323,7 +322,8 @@ class DynamicMBConv(nn.Module):
     """Inverted residual block with run-time kernel size and expand ratio.
 
     expand 1x1 - BN - act - depthwise - BN - act - [SE] - project 1x1 - BN [+ input]. In OFA's order the
-    excitation follows the activation.
+    excitation follows the activation. With ``backend="fast"`` a block in training mode is one op
+    (`pfnas_fast.ops.train_mbconv`); in every other mode its layers run one by one.
 
     Args:
         block: What the space says about this block.
@@ -351,6 +351,7 @@ class DynamicMBConv(nn.Module):
         self.se = DynamicSE(widest) if block.se else None
         self.project_conv = DynamicPointwiseConv2d(widest, block.out_channels)
         self.project_bn = DynamicBatchNorm2d(block.out_channels)
+        self._train_op = load_train_op(backend)
 
     def forward(self, x: Tensor, kernel_size: int, expand_ratio: int) -> Tensor:
         """Run the block on `x` [N, in_channels, H, W].
@@ -364,6 +365,10 @@ class DynamicMBConv(nn.Module):
             [N, out_channels, ceil(H / stride), ceil(W / stride)].
         """
         block = self.block
+        if self._train_op is not None and trains_fused(
+            x, self, (self.expand_bn, self.depth_bn, self.project_bn)
+        ):
+            return self._train(self._train_op, x, kernel_size, block.mid_channels(expand_ratio))
         y = self.expand_conv(x, block.mid_channels(expand_ratio))
         y = activate(self.expand_bn(y), block.activation)
         y = self.depth_conv(y, kernel_size)
@@ -372,3 +377,32 @@ class DynamicMBConv(nn.Module):
             y = self.se(y)
         y = self.project_bn(self.project_conv(y, block.out_channels))
         return y.add_(x) if block.has_residual else y
+
+    def _train(
+        self, op: Callable[..., tuple[Tensor, Tensor]], x: Tensor, kernel_size: int, mid_channels: int
+    ) -> Tensor:
+        block, se, depth = self.block, self.se, self.depth_conv
+        depth.check_kernel_size(kernel_size)
+        norms = (self.expand_bn, self.depth_bn, self.project_bn)
+        excitation = None
+        if se is not None:
+            excitation = (se.reduce.weight, se.reduce.bias, se.expand.weight, se.expand.bias)
+        y, moments = op(
+            x,
+            self.expand_conv.weight,
+            depth.weight,
+            depth.matrices(),
+            self.project_conv.weight,
+            [(norm.weight, norm.bias) for norm in norms],
+            excitation,
+            mid_channels=mid_channels,
+            out_channels=block.out_channels,
+            se_channels=0 if se is None else se_channels(mid_channels),
+            kernel_size=kernel_size,
+            stride=block.stride,
+            residual=block.has_residual,
+            activations=(block.activation, block.activation, None),
+            eps=[norm.eps for norm in norms],
+        )
+        move_running_statistics(norms, (mid_channels, mid_channels, block.out_channels), moments)
+        return y
