@@ -87,4 +87,5 @@ PYBIND11_MODULE(_C, m) {
   pfnas::register_path_score(m);
   pfnas::register_path_search(m);
   pfnas::register_train_mbconv(m);
+  pfnas::register_tensor_pool(m);
 }

@@ -67,6 +67,14 @@ TensorView view_tensor(py::handle object, const char* op, const char* argument) 
   return view;
 }
 
+py::object make_tensor(py::handle like, dlpack::ManagedTensorVersioned* tensor) {
+  const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(like.ptr()));
+  PFNAS_CHECK(api != nullptr && api->managed_tensor_to_py_object != nullptr);
+  void* object = nullptr;
+  if (api->managed_tensor_to_py_object(tensor, &object) != 0) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
 void* current_stream(py::handle object, dlpack::Device device) {
   const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()));
   PFNAS_CHECK(api != nullptr && api->current_work_stream != nullptr);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of the DLPack 1.x C ABI that a consumer of tensors needs. Field order and widths follow the DLPack
-// specification; nothing of torch is included, so one build serves every torch that offers the exchange API.
+// The part of the DLPack 1.x C ABI that a consumer and maker of tensors needs. Field order and widths follow
+// the DLPack specification; nothing of torch is included, so one build serves every torch that offers the
+// exchange API.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +41,14 @@ struct Tensor {
   std::uint64_t byte_offset;
 };
 
-struct ManagedTensorVersioned;  // owned by the producer; never dereferenced here
+// A tensor with an owner: whoever holds it calls the deleter once.
+struct ManagedTensorVersioned {
+  Version version;
+  void* manager_context;
+  void (*deleter)(ManagedTensorVersioned* self);
+  std::uint64_t flags;
+  Tensor tensor;
+};
 
 struct ExchangeApiHeader {
   Version version;
@@ -57,6 +65,7 @@ struct ExchangeApi {
   int (*current_work_stream)(std::int32_t device_type, std::int32_t device_id, void** out_stream);
 };
 
-static_assert(sizeof(Tensor) == 48 && sizeof(ExchangeApiHeader) == 16, "layout differs from the DLPack ABI");
+static_assert(sizeof(Tensor) == 48 && sizeof(ExchangeApiHeader) == 16 && sizeof(ManagedTensorVersioned) == 80,
+              "layout differs from the DLPack ABI");
 
 }  // namespace pfnas::dlpack

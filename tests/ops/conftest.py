@@ -52,6 +52,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def poisoned_scratch() -> None:
     """A kernel that reads scratch memory it has not written sees NaN, not the zeros of a fresh page."""
     _C.poison_thread_scratch()
+    _C.poison_tensor_pool()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 """Compiled ops, registered as ``torch.ops.pfnas_fast.*``, and their pure-PyTorch twins in `reference`."""
 
 from pfnas_fast.ops import reference
+from pfnas_fast.ops._memory import pooled_bytes, release_memory
 from pfnas_fast.ops.dynamic_depthwise_conv import dynamic_depthwise_conv
 from pfnas_fast.ops.dynamic_pointwise_conv import dynamic_pointwise_conv, pack_pointwise_weight
 from pfnas_fast.ops.path_cost import CostTable, path_cost
@@ -23,6 +24,8 @@ __all__ = [
     "pack_pointwise_weight",
     "path_cost",
     "path_score",
+    "pooled_bytes",
     "reference",
+    "release_memory",
     "train_mbconv",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pfnas_fast.errors import InputError
 from pfnas_fast.ops._library import _C, LIBRARY
+from pfnas_fast.ops._memory import empty_channels_last
 
 __all__ = ["dynamic_depthwise_conv"]
 
@@ -152,11 +153,9 @@ def _uses(weight: Tensor, kernel_size: int) -> tuple[bool, bool]:
     return max_kernel == 7 and kernel_size < 7, max_kernel > 3 and kernel_size == 3
 
 
-def _output_like(x: Tensor, stride: int) -> Tensor:
-    """An uninitialised y: [N, C, ceil(H / stride), ceil(W / stride)], channels_last."""
+def _output_shape(x: Tensor, stride: int) -> tuple[int, int, int, int]:
     n, c, h, w = x.shape
-    shape = (n, c, (h + stride - 1) // stride, (w + stride - 1) // stride)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return n, c, (h + stride - 1) // stride, (w + stride - 1) // stride
 
 
 def _forward(
@@ -171,7 +170,7 @@ def _forward(
 ) -> Tensor:
     """`run` is the compiled module's function for the device, `workspace` what it needs besides."""
     x = x.contiguous(memory_format=torch.channels_last)
-    y = _output_like(x, stride)
+    y = empty_channels_last(x, _output_shape(x, stride))
     run(
         x,
         weight.contiguous(),
@@ -189,16 +188,15 @@ def _contiguous(matrix: Tensor | None) -> Tensor | None:
     return None if matrix is None else matrix.contiguous()
 
 
-def _empty_gradients(
-    x: Tensor, weight: Tensor, kernel_size: int, need_x: bool, need_filter: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_filter_gradients(
+    weight: Tensor, kernel_size: int, need_filter: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to be filled; [0] in place of those that are not wanted or have no part in the derivation."""
     uses_5, uses_3 = _uses(weight, kernel_size)
-    grad_x = torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0)
     grad_weight = weight.new_zeros(weight.shape) if need_filter else weight.new_empty(0)
     grad_5 = weight.new_zeros(25, 25) if need_filter and uses_5 else weight.new_empty(0)
     grad_3 = weight.new_zeros(9, 9) if need_filter and uses_3 else weight.new_empty(0)
-    return grad_x, grad_weight, grad_5, grad_3
+    return grad_weight, grad_5, grad_3
 
 
 def _backward(
@@ -214,7 +212,8 @@ def _backward(
     need_x: bool,
     need_filter: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gradients = _empty_gradients(x, weight, kernel_size, need_x, need_filter)
+    grad_x = empty_channels_last(x, tuple(x.shape)) if need_x else x.new_empty(0)
+    gradients = (grad_x, *_empty_filter_gradients(weight, kernel_size, need_filter))
     run(
         grad_y.contiguous(memory_format=torch.channels_last),
         x.contiguous(memory_format=torch.channels_last),
@@ -291,7 +290,8 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]
 def _fake_forward(
     x: Tensor, weight: Tensor, matrix_5: Tensor | None, matrix_3: Tensor | None, kernel_size: int, stride: int
 ) -> Tensor:
-    return _output_like(x, stride)
+    shape = _output_shape(x, stride)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _fake_backward(
@@ -305,7 +305,8 @@ def _fake_backward(
     need_x: bool,
     need_filter: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_gradients(x, weight, kernel_size, need_x, need_filter)
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0)
+    return (grad_x, *_empty_filter_gradients(weight, kernel_size, need_filter))
 
 
 LIBRARY.impl(
