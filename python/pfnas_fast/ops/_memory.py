@@ -15,13 +15,14 @@ __all__ = ["empty_channels_last", "pooled_bytes", "release_memory"]
 _MIN_POOLED_FLOATS = (2 << 20) // 4  # a huge page; torch's allocator reuses smaller blocks itself
 
 
-def empty_channels_last(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+def empty_channels_last(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An uninitialised float32 [N, C, H, W] in channels_last; device and dtype of `like`."""
     n, c, h, w = shape
     if like.device.type != "cpu" or like.dtype != torch.float32 or n * c * h * w < _MIN_POOLED_FLOATS:
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
     tensor = _C.pooled_empty(like, shape, (h * w * c, 1, w * c, c))
-    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
+    if fills and torch.are_deterministic_algorithms_enabled():
         tensor.fill_(float("nan"))  # as torch.empty does
     return tensor
 
