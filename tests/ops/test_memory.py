@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pfnas_fast import _C
 from pfnas_fast.ops import dynamic_depthwise_conv, pooled_bytes, release_memory
-from pfnas_fast.ops._memory import empty_channels_last
+from pfnas_fast.ops._memory import empty, empty_channels_last
 
 LIKE = torch.empty(0)
 SHAPE = (2, 32, 128, 128)  # 4 MiB
@@ -41,6 +41,13 @@ def test_sizes_of_one_are_channels_last_too(shape: tuple[int, int, int, int]) ->
     assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_contiguous_tensor() -> None:
+    ours = empty(LIKE, (3, 70_000, 16))
+    assert pooled_bytes()[0] > 0
+    assert ours.shape == (3, 70_000, 16)
+    assert ours.is_contiguous()
+
+
 def test_memory_comes_back() -> None:
     first = empty_channels_last(LIKE, SHAPE)
     address = first.data_ptr()
@@ -57,9 +64,10 @@ def test_memory_comes_back() -> None:
 
 def test_a_block_much_larger_than_needed_is_not_given_away() -> None:
     del_me = empty_channels_last(LIKE, (4, 32, 128, 128))
-    address = del_me.data_ptr()
     del del_me
-    assert empty_channels_last(LIKE, (2, 32, 128, 128)).data_ptr() != address
+    assert pooled_bytes() == (0, 2 * NUM_BYTES)
+    tensor = empty_channels_last(LIKE, SHAPE)
+    assert pooled_bytes()[0] == NUM_BYTES == tensor.nbytes
 
 
 def test_kept_memory_is_bounded_by_what_was_alive_at_once() -> None:

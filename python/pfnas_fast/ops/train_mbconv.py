@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pfnas_fast.errors import InputError
 from pfnas_fast.ops._library import _C, LIBRARY
+from pfnas_fast.ops._memory import empty, empty_channels_last
 
 __all__ = ["train_mbconv"]
 
@@ -231,26 +232,24 @@ def _out_size(x: Tensor, stride: int) -> tuple[int, int]:
     return (x.shape[2] + stride - 1) // stride, (x.shape[3] + stride - 1) // stride
 
 
-def _outputs(
+def _output_shapes(
     x: Tensor, mid_channels: int, out_channels: int, se_channels: int, stride: int
-) -> tuple[Tensor, ...]:
-    """Uninitialised y and what is kept for the backward pass."""
+) -> tuple[tuple[int, ...], ...]:
+    """y, and what is kept for the backward pass."""
     n = x.shape[0]
     height, width = _out_size(x, stride)
     mid, out = -(-mid_channels // _BLOCK), -(-out_channels // _BLOCK)
     reduced = -(-se_channels // _BLOCK)
     excited = mid if se_channels > 0 else 0
-    shape = (n, out_channels, height, width)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return (
-        y,
-        x.new_empty((mid, n * x.shape[2] * x.shape[3], _BLOCK)),
-        x.new_empty((mid, n * height * width, _BLOCK)),
-        x.new_empty((out, n * height * width, _BLOCK)),
-        x.new_empty((3, 2 * mid_channels + out_channels)),
-        x.new_empty((excited, n, _BLOCK)),
-        x.new_empty((reduced, n, _BLOCK)),
-        x.new_empty((excited, n, _BLOCK)),
+        (n, out_channels, height, width),
+        (mid, n * x.shape[2] * x.shape[3], _BLOCK),
+        (mid, n * height * width, _BLOCK),
+        (out, n * height * width, _BLOCK),
+        (3, 2 * mid_channels + out_channels),
+        (excited, n, _BLOCK),
+        (reduced, n, _BLOCK),
+        (excited, n, _BLOCK),
     )
 
 
@@ -268,36 +267,42 @@ _NUM_TENSORS, _NUM_KEPT = len(_NAMES), len(_KEPT)
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, options = arguments[:_NUM_TENSORS], arguments[_NUM_TENSORS:]
     mid_channels, out_channels, se_channels, _, stride = options[:5]
-    y, *kept = _outputs(tensors[0], mid_channels, out_channels, se_channels, stride)
-    _C.train_mbconv_forward(_dense(tensors), tuple(kept), y, *options)
+    x = tensors[0]
+    y_shape, *kept_shapes = _output_shapes(x, mid_channels, out_channels, se_channels, stride)
+    y = empty_channels_last(x, y_shape)
+    kept = tuple(empty(x, shape) for shape in kept_shapes)
+    _C.train_mbconv_forward(_dense(tensors), kept, y, *options)
     return y, *kept
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     mid_channels, out_channels, se_channels, _, stride = arguments[_NUM_TENSORS : _NUM_TENSORS + 5]
-    return _outputs(arguments[0], mid_channels, out_channels, se_channels, stride)
+    x = arguments[0]
+    y_shape, *kept_shapes = _output_shapes(x, mid_channels, out_channels, se_channels, stride)
+    y = torch.empty(y_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return y, *(x.new_empty(shape) for shape in kept_shapes)
 
 
-def _gradients(tensors: Sequence[Tensor | None], kernel_size: int, need_x: bool) -> tuple[Tensor, ...]:
-    """Zeros like each parameter and an uninitialised gradient of x; [0] in place of those without a part."""
+def _parameter_gradients(tensors: Sequence[Tensor | None], kernel_size: int) -> tuple[Tensor, ...]:
+    """Zeros like each parameter; [0] in place of those without a part."""
     x, bank = tensors[0], tensors[2]
     assert x is not None
     assert bank is not None
     absent = [tensor is None for tensor in tensors]
     absent[3] |= not (bank.shape[-1] == 7 and kernel_size < 7)
     absent[4] |= not (bank.shape[-1] > 3 and kernel_size == 3)
-    grads = [
+    return tuple(
         x.new_empty(0) if no or tensor is None else tensor.new_zeros(tensor.shape)
         for tensor, no in zip(tensors[1:], absent[1:], strict=True)
-    ]
-    grad_x = torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0)
-    return grad_x, *grads
+    )
 
 
 def _backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     tensors, kept = arguments[:_NUM_TENSORS], arguments[_NUM_TENSORS : _NUM_TENSORS + _NUM_KEPT]
     *options, need_x = arguments[_NUM_TENSORS + _NUM_KEPT :]
-    gradients = _gradients(tensors, options[3], need_x)
+    x = tensors[0]
+    grad_x = empty_channels_last(x, tuple(x.shape)) if need_x else x.new_empty(0)
+    gradients = (grad_x, *_parameter_gradients(tensors, options[3]))
     wanted = tuple(g if g.numel() or g.ndim > 1 else None for g in gradients)
     grad_y = grad_y.contiguous(memory_format=torch.channels_last)
     kept = tuple(tensor.contiguous() for tensor in kept)
@@ -307,7 +312,9 @@ def _backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 def _fake_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *options, need_x = arguments[_NUM_TENSORS + _NUM_KEPT :]
-    return _gradients(arguments[:_NUM_TENSORS], options[3], need_x)
+    x = arguments[0]
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0)
+    return grad_x, *_parameter_gradients(arguments[:_NUM_TENSORS], options[3])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
