@@ -68,6 +68,8 @@ void forward(py::handle x, py::handle panels, py::handle scale, py::handle shift
   p.panels = static_cast<const float*>(packed.data);
   p.x = static_cast<const float*>(in.data);
   p.y = static_cast<float*>(out.data);
+  p.x_stride = p.in_channels;
+  p.y_stride = p.residual_stride = p.out_channels;
   p.scale = optional_vector(scale, "scale", p.out_channels);
   p.shift = optional_vector(shift, "shift", p.out_channels);
   if (!residual.is_none()) {

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "bindings/ops.h"
+#include "bindings/tensor_arg.h"
 #include "common/check.h"
 #include "common/isa.h"
 #include "common/parallel.h"
@@ -71,6 +72,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", &pfnas::supported_isa_names);
   m.def("force_cpu_isa", &pfnas::set_isa, py::arg("tier").none(true));
   m.def("num_threads", [] { return omp_get_max_threads(); });
+  m.def("advise_huge_pages", [](py::handle tensor) {
+    const pfnas::TensorView view = pfnas::view_tensor(tensor, "advise_huge_pages", "tensor");
+    PFNAS_CHECK(view.is_float32() && view.is_cpu() && view.is_contiguous());
+    pfnas::advise_huge_pages(view.data, static_cast<std::size_t>(view.numel()) * sizeof(float));
+  });
   m.def("poison_thread_scratch", &pfnas::poison_thread_scratch);
 #ifdef PFNAS_HAS_CUDA
   m.attr("cuda_built") = true;
@@ -86,6 +92,7 @@ PYBIND11_MODULE(_C, m) {
   pfnas::register_path_cost(m);
   pfnas::register_path_score(m);
   pfnas::register_path_search(m);
+  pfnas::register_subnet(m);
   pfnas::register_train_mbconv(m);
   pfnas::register_tensor_pool(m);
 }

@@ -8,6 +8,7 @@ namespace pfnas {
 
 void register_dynamic_depthwise_conv(pybind11::module_& m);
 void register_dynamic_pointwise_conv(pybind11::module_& m);
+void register_subnet(pybind11::module_& m);
 
 void register_tensor_pool(pybind11::module_& m);
 

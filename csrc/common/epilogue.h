@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What happens to the sums of a 1x1 convolution: y = act(sum * scale + shift + residual).
+// What happens to the sums of a 1x1 convolution while they are in registers.
 #pragma once
 
 #include "common/activation.h"
@@ -8,33 +8,49 @@
 
 namespace pfnas::PFNAS_TIER {
 
-// The sink of pointwise_panel that writes channels_last rows. `vec` counts vectors of `kLanes` channels from
-// the start of the panel; pointers are at the panel's first channel. num_channels: of this panel, 1 to 48.
+// scale and shift of one vector of channels; a null pointer means 1 or 0.
+struct AffineVec {
+  Vec scale, shift;
+  int lanes;
+};
+
+static PFNAS_INLINE Vec load_some(const float* p, int lanes) {
+  return lanes == kLanes ? load(p) : load_lanes(p, lanes);
+}
+
+static PFNAS_INLINE AffineVec load_affine(const float* scale, const float* shift, std::int64_t first,
+                                          std::int64_t num_channels) {
+  const int lanes =
+      static_cast<int>(max_of<std::int64_t>(0, min_of<std::int64_t>(kLanes, num_channels - first)));
+  return {scale == nullptr ? broadcast(1.0f) : load_some(scale + first, lanes),
+          shift == nullptr ? Vec{} : load_some(shift + first, lanes), lanes};
+}
+
+// y = act((partial + sum) * scale + shift + residual), written as rows of pixels. Pointers are at the panel's
+// first channel; `num_channels` of the panel exist.
 template <Activation kActivation>
-struct AffineSink {
-  const float* scale;     // [num_channels] or null: 1
-  const float* shift;     // [num_channels] or null: 0
-  const float* residual;  // row m at residual + m * residual_stride, or null
-  float* y;               // row m at y + m * y_stride
+struct OutputSink {
+  const float* partial;  // what earlier inputs summed to, or null
+  std::int64_t partial_stride;
+  const float* scale;
+  const float* shift;
+  const float* residual;  // or null
   std::int64_t residual_stride;
+  const std::int32_t* residual_rows;  // which row of `residual` a row takes, or null: its own
+  float* y;
   std::int64_t y_stride;
-  int num_channels;
+  std::int64_t num_channels;  // of this panel
 
-  struct Column {
-    Vec scale, shift;
-    int lanes;
-  };
-
-  PFNAS_INLINE Vec start(std::int64_t, int) const { return Vec{}; }
-  PFNAS_INLINE Column column(int vec) const {
-    const int lanes = min_of(kLanes, num_channels - vec * kLanes);
-    return {scale == nullptr ? broadcast(1.0f) : load_some(scale + vec * kLanes, lanes),
-            shift == nullptr ? Vec{} : load_some(shift + vec * kLanes, lanes), lanes};
+  using Column = AffineVec;
+  PFNAS_INLINE Vec start(std::int64_t row, int vec) const {
+    return partial == nullptr ? Vec{} : load(partial + row * partial_stride + vec * kLanes);
   }
+  PFNAS_INLINE Column column(int vec) const { return load_affine(scale, shift, vec * kLanes, num_channels); }
   PFNAS_INLINE void finish(std::int64_t row, int vec, const Column& column, Vec sum) const {
     Vec value = sum * column.scale + column.shift;
     if (residual != nullptr) {
-      value += load_some(residual + row * residual_stride + vec * kLanes, column.lanes);
+      const std::int64_t from = residual_rows == nullptr ? row : residual_rows[row];
+      value += load_some(residual + from * residual_stride + vec * kLanes, column.lanes);
     }
     value = activate<kActivation>(value);
     float* out = y + row * y_stride + vec * kLanes;
@@ -43,11 +59,6 @@ struct AffineSink {
     } else {
       store_lanes(out, value, column.lanes);
     }
-  }
-
- private:
-  static PFNAS_INLINE Vec load_some(const float* p, int lanes) {
-    return lanes == kLanes ? load(p) : load_lanes(p, lanes);
   }
 };
 

@@ -36,6 +36,11 @@ static inline void set_float_mode([[maybe_unused]] unsigned mode) {
 #endif
 }
 
+// Threads that parallel_for would use for enough work: 1 inside of one and in a forked child.
+static inline int max_threads() {
+  return omp_in_parallel() || !workers_available() ? 1 : omp_get_max_threads();
+}
+
 // Calls body(i) once for every i in [0, num_items); body must not throw. `flops` is the work of the whole
 // loop. Static cyclic schedule: neighbouring items (which share cache lines) run at the same time on
 // different cores. Workers take over the caller's rounding and denormal mode, so a result is the same
@@ -43,7 +48,7 @@ static inline void set_float_mode([[maybe_unused]] unsigned mode) {
 template <class Body>
 void parallel_for(std::int64_t num_items, double flops, const Body& body) {
   const double wanted = flops / kMinFlopsPerThread;
-  const int limit = omp_in_parallel() || !workers_available() ? 1 : omp_get_max_threads();
+  const int limit = max_threads();
   std::int64_t num_threads = num_items < limit ? num_items : limit;
   if (wanted < static_cast<double>(num_threads)) num_threads = static_cast<std::int64_t>(wanted);
   if (num_threads <= 1) {

@@ -16,6 +16,10 @@ enum class Scratch {
 // reuses (and may move) it.
 float* thread_scratch(Scratch purpose, std::size_t count);
 
+// Asks for huge pages where the system offers them: without, large arrays cost a page fault and an address
+// translation per 4 KB. Contents stay.
+void advise_huge_pages(void* data, std::size_t num_bytes);
+
 // For tests: fill every buffer of the calling thread with NaN, so that a read of stale memory shows.
 void poison_thread_scratch();
 

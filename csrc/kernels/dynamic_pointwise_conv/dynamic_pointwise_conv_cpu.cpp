@@ -16,18 +16,26 @@ using Params = DynamicPointwiseConvParams;
 
 constexpr std::int64_t kPixelsPerItem = 96;  // whole tiles of 8 and of 6 rows
 
+const float* at(const float* values, std::int64_t offset) {
+  return values == nullptr ? nullptr : values + offset;
+}
+
 template <Activation kActivation>
 void run_pixels(const Params& p, std::int64_t first, std::int64_t count) {
-  const PixelRows pixels{p.x + first * p.in_channels, p.in_channels};
+  const PixelRows pixels{p.x + first * p.x_stride, p.x_stride};
+  const bool gathers = p.residual_rows != nullptr;
   for (std::int64_t panel = 0; panel < num_panels(p.out_channels); ++panel) {
     const std::int64_t o = panel * kPanelWidth;
-    AffineSink<kActivation> sink;
-    sink.scale = p.scale == nullptr ? nullptr : p.scale + o;
-    sink.shift = p.shift == nullptr ? nullptr : p.shift + o;
-    sink.residual = p.residual == nullptr ? nullptr : p.residual + first * p.out_channels + o;
-    sink.y = p.y + first * p.out_channels + o;
-    sink.residual_stride = sink.y_stride = p.out_channels;
-    sink.num_channels = static_cast<int>(min_of<std::int64_t>(kPanelWidth, p.out_channels - o));
+    const OutputSink<kActivation> sink{nullptr,
+                                       0,
+                                       at(p.scale, o),
+                                       at(p.shift, o),
+                                       at(p.residual, (gathers ? 0 : first * p.residual_stride) + o),
+                                       p.residual_stride,
+                                       gathers ? p.residual_rows + first : nullptr,
+                                       p.y + first * p.y_stride + o,
+                                       p.y_stride,
+                                       min_of<std::int64_t>(kPanelWidth, p.out_channels - o)};
     pointwise_panel(pixels, count, p.panels + panel * p.max_in_channels * kPanelWidth, p.in_channels,
                     panel_vecs(panel, p.out_channels), sink);
   }

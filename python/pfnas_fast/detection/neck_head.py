@@ -8,12 +8,13 @@ form uses torch's own layers.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pfnas_fast.detection.grid import make_grid
+from pfnas_fast.detection.grid import PointGrid, make_grid
 from pfnas_fast.detection.output import DetectorOutput
 from pfnas_fast.supernet.fused import load_train_op, move_running_statistics, trains_fused
 from pfnas_fast.supernet.layers import DynamicBatchNorm2d, DynamicDepthwiseConv2d, activate, init_conv_
@@ -200,5 +201,28 @@ class Head(nn.Module):
         grid = make_grid(image_size, self.strides, sizes=sizes, device=pyramid[0].device)
         raw = self.predictor(torch.cat(rows, dim=1))  # [N, L, K + 5]
         logits, sides, centerness = raw.split([self.num_classes, 4, 1], dim=-1)
-        ltrb = F.softplus(self.scale(sides, grid.level_index)) * grid.stride_px[:, None]
-        return DetectorOutput(logits, ltrb, centerness.squeeze(-1), grid)
+        return _output(logits, self.scale(sides, grid.level_index), centerness, grid)
+
+
+def _output(logits: Tensor, sides: Tensor, centerness: Tensor, grid: PointGrid) -> DetectorOutput:
+    """Predictions from [N, L, K] class logits, [N, L, 4] scaled sides and [N, L, 1] centerness."""
+    ltrb = F.softplus(sides) * grid.stride_px[:, None]
+    return DetectorOutput(logits, ltrb, centerness.squeeze(-1), grid)
+
+
+def run_prepared_detector(head: Head, images: Tensor, compiled: Any) -> DetectorOutput:
+    """Run a packed subnet of the detector that `head` belongs to.
+
+    Args:
+        head: Says what a location predicts.
+        images: [N, 3, H, W], float32.
+        compiled: The compiled subnet; its predictor has scaled the sides.
+
+    Returns:
+        What `Head.forward` returns.
+    """
+    grid = make_grid((images.shape[2], images.shape[3]), head.strides)
+    raw = images.new_empty(images.shape[0], grid.num_locations, head.num_classes + 5)
+    compiled.run(images, raw)
+    logits, sides, centerness = raw.split([head.num_classes, 4, 1], dim=-1)
+    return _output(logits, sides, centerness, grid)

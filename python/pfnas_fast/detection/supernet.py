@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pfnas_fast.detection.checkpoint import read_tensors
 from pfnas_fast.detection.detector import Detector
-from pfnas_fast.detection.neck_head import Head, Neck
+from pfnas_fast.detection.neck_head import Head, Neck, run_prepared_detector
 from pfnas_fast.detection.output import DetectorOutput
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import CostModel, Path, Space
@@ -21,9 +21,11 @@ from pfnas_fast.supernet import (
     ClassificationSupernet,
     copy_active_weights,
 )
+from pfnas_fast.supernet.packing import Packer, pack_detector
+from pfnas_fast.supernet.prepared import PreparableMixin
 
 
-class DetectionSupernet(ActiveSubnetMixin):
+class DetectionSupernet(PreparableMixin[DetectorOutput], ActiveSubnetMixin):
     """An elastic backbone with a static neck and head.
 
     Args:
@@ -78,8 +80,17 @@ class DetectionSupernet(ActiveSubnetMixin):
         Returns:
             Raw predictions; `postprocess` turns them into detections.
         """
-        features = self.backbone(images, self.active_path if path is None else path)
-        return self.head(self.neck(features), (images.shape[2], images.shape[3]))
+        path = self.active_path if path is None else path
+        prepared = self._try_prepared(images, path) if self.backbone.backend == "fast" else None
+        if prepared is not None:
+            return prepared(images)
+        return self.head(self.neck(self.backbone(images, path)), (images.shape[2], images.shape[3]))
+
+    def _pack(self) -> tuple[Packer, dict[str, Any]]:
+        return pack_detector(self)
+
+    def _finish_prepared(self, images: Tensor, compiled: Any) -> DetectorOutput:
+        return run_prepared_detector(self.head, images, compiled)
 
     def load_backbone(self, source: str | pathlib.Path | Mapping[str, Any] | ClassificationSupernet) -> None:
         """Take over the backbone's weights from a pre-trained classification supernet.

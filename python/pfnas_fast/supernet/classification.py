@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from pfnas_fast.supernet.active import ActiveSubnetMixin
 from pfnas_fast.supernet.backbone import Backbone, ConvBN
 from pfnas_fast.supernet.extraction import ClassificationSubnet, copy_active_weights
 from pfnas_fast.supernet.layers import pixel_mean
+from pfnas_fast.supernet.packing import Packer, pack_classifier
+from pfnas_fast.supernet.prepared import PreparableMixin
 from pfnas_fast.supernet.recalibration import BNStatistics
 
 
@@ -41,7 +45,7 @@ class ClassificationTail(nn.Module):
         return self.classifier(self.dropout(F.hardswish(self.hidden(pooled))))
 
 
-class ClassificationSupernet(ActiveSubnetMixin):
+class ClassificationSupernet(PreparableMixin[Tensor], ActiveSubnetMixin):
     """All classifiers of a space in one set of weights.
 
     Args:
@@ -81,8 +85,19 @@ class ClassificationSupernet(ActiveSubnetMixin):
         Returns:
             Logits, [N, num_classes].
         """
-        features = self.backbone(x, self.active_path if path is None else path, taps=False)
-        return self.tail(features)
+        path = self.active_path if path is None else path
+        prepared = self._try_prepared(x, path) if self.backbone.backend == "fast" else None
+        if prepared is not None:
+            return prepared(x)
+        return self.tail(self.backbone(x, path, taps=False))
+
+    def _pack(self) -> tuple[Packer, dict[str, Any]]:
+        return pack_classifier(self)
+
+    def _finish_prepared(self, images: Tensor, compiled: Any) -> Tensor:
+        logits = images.new_empty(images.shape[0], self.num_classes)
+        compiled.run(images, logits)
+        return logits
 
     @torch.no_grad()
     def get_active_subnet(

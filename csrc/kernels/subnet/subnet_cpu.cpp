@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0
+// One path of a supernet in one call.
+//
+//   groups of images (work items) -> stem -> blocks -> laterals, top down -> head -> predictor   (detector)
+//                                               -> feature -> pool -> hidden -> classifier       (classifier)
+//
+// A group's tensors lie in one arena: the backbone alternates between two buffers, tapped outputs have their
+// own. Groups are small enough for the tensors to stay in L2 or L3 and large enough for weights to be read
+// rarely. With one group, the layers themselves share their work out to threads.
+#include "common/check.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "common/simd.h"
+#include "kernels/subnet/params.h"
+#include "kernels/subnet/stem.h"
+
+namespace pfnas::PFNAS_TIER {
+namespace {
+
+using Params = SubnetParams;
+
+constexpr std::int64_t kImagesPerGroup = 8;
+
+struct Map {
+  std::int64_t height = 0;
+  std::int64_t width = 0;
+  std::int64_t pixels() const { return height * width; }
+  Map strided(int stride) const { return {(height + stride - 1) / stride, (width + stride - 1) / stride}; }
+};
+
+// Sizes of the arena's parts, in floats, for a group of `count` images.
+struct Layout {
+  Map taps[kMaxLevels];
+  std::int64_t tap_size[kMaxLevels] = {};
+  Map last;                     // the last block's output
+  std::int64_t turn_size = 0;   // each of the two buffers
+  std::int64_t level_size = 0;  // each of the head's two buffers: the finest level
+  std::int64_t pyramid_size[kMaxLevels] = {};
+  std::int64_t total = 0;
+  double flops = 0;
+
+  Layout(const Params& p, std::int64_t count) {
+    Map map = Map{p.height, p.width}.strided(2);
+    turn_size = count * map.pixels() * p.stem.out_channels;
+    flops = 2.0 * kStemTaps * static_cast<double>(turn_size);
+    for (int b = 0; b < p.num_blocks; ++b) {
+      const FusedMBConvParams& block = p.blocks[b].block;
+      const double expand = static_cast<double>(map.pixels() * block.in_channels);
+      map = map.strided(block.stride);
+      const std::int64_t size = count * map.pixels() * block.out_channels;
+      flops += 2.0 * static_cast<double>(count * block.mid_channels) *
+               (expand + static_cast<double>(map.pixels() * block.out_channels));
+      if (p.blocks[b].tap >= 0) {
+        taps[p.blocks[b].tap] = map;
+        tap_size[p.blocks[b].tap] = size;
+      }
+      turn_size = max_of(turn_size, size);
+    }
+    last = map;
+    total = 2 * turn_size;
+    for (int level = 0; level < p.num_levels; ++level) {
+      pyramid_size[level] = count * taps[level].pixels() * p.neck_channels;
+      level_size = max_of(level_size, pyramid_size[level]);
+      total += tap_size[level] + pyramid_size[level] + count * taps[level].pixels();  // rows to upsample from
+    }
+    total += 2 * level_size;
+    if (p.num_levels == 0) {
+      total += count * (last.pixels() + 1) * p.feature.out_channels + count * p.hidden.out_channels;
+    }
+  }
+};
+
+// Hands out the arena's parts.
+struct Arena {
+  float* next;
+  float* take(std::int64_t size) {
+    float* part = next;
+    next += size;
+    return part;
+  }
+};
+
+// Images [first, first + count) on their way through the net.
+struct Group {
+  const Params& p;
+  const Layout& layout;
+  std::int64_t first;
+  std::int64_t count;
+};
+
+void run_block(const SubnetBlock& step, std::int64_t count, Map in, const float* x, float* y) {
+  FusedMBConvParams block = step.block;
+  const Map out = in.strided(block.stride);
+  block.batch = count;
+  block.height = in.height;
+  block.width = in.width;
+  block.out_height = out.height;
+  block.out_width = out.width;
+  block.x = x;
+  block.y = y;
+  block.y_stride = block.out_channels;
+  if (step.has_residual) {
+    block.residual = x;
+    block.residual_stride = block.x_stride;
+  }
+  fused_mbconv(block);
+}
+
+// Fills taps[level] and returns the last block's output.
+const float* run_backbone(const Group& group, Arena& arena, const float** taps) {
+  const Params& p = group.p;
+  float* turns[2] = {arena.take(group.layout.turn_size), arena.take(group.layout.turn_size)};
+  Map map = Map{p.height, p.width}.strided(2);
+  run_stem(p, group.first, group.count, turns[0]);
+  const float* x = turns[0];
+  int turn = 1;
+  for (int b = 0; b < p.num_blocks; ++b) {
+    const SubnetBlock& step = p.blocks[b];
+    float* y = step.tap >= 0 ? arena.take(group.layout.tap_size[step.tap]) : turns[turn];
+    run_block(step, group.count, map, x, y);
+    if (step.tap >= 0) {
+      taps[step.tap] = y;  // both turns are free now
+    } else {
+      turn = 1 - turn;
+    }
+    map = map.strided(step.block.stride);
+    x = y;
+  }
+  return x;
+}
+
+// rows[m]: the pixel of the coarser map that nearest-neighbour upsampling gives to pixel m, as torch computes
+// it.
+void fill_upsampled_rows(std::int64_t count, Map coarse, Map fine, std::int32_t* rows) {
+  const float step_y = static_cast<float>(coarse.height) / static_cast<float>(fine.height);
+  const float step_x = static_cast<float>(coarse.width) / static_cast<float>(fine.width);
+  for (std::int64_t image = 0; image < count; ++image) {
+    for (std::int64_t y = 0; y < fine.height; ++y) {
+      const std::int64_t from_y =
+          min_of(static_cast<std::int64_t>(static_cast<float>(y) * step_y), coarse.height - 1);
+      const std::int64_t start = (image * coarse.height + from_y) * coarse.width;
+      for (std::int64_t x = 0; x < fine.width; ++x) {
+        const auto from_x = static_cast<std::int64_t>(static_cast<float>(x) * step_x);
+        *rows++ = static_cast<std::int32_t>(start + min_of(from_x, coarse.width - 1));
+      }
+    }
+  }
+}
+
+void run_neck(const Group& group, Arena& arena, const float* const* taps, float** pyramid) {
+  const Params& p = group.p;
+  for (int level = p.num_levels - 1; level >= 0; --level) {
+    const Map map = group.layout.taps[level];
+    DynamicPointwiseConvParams lateral = p.levels[level].lateral;
+    pyramid[level] = arena.take(group.layout.pyramid_size[level]);
+    lateral.num_pixels = group.count * map.pixels();
+    lateral.x = taps[level];
+    lateral.y = pyramid[level];
+    lateral.y_stride = p.neck_channels;
+    auto* rows = reinterpret_cast<std::int32_t*>(arena.take(lateral.num_pixels));
+    if (level + 1 < p.num_levels) {
+      fill_upsampled_rows(group.count, group.layout.taps[level + 1], map, rows);
+      lateral.residual = pyramid[level + 1];
+      lateral.residual_stride = p.neck_channels;
+      lateral.residual_rows = rows;
+    }
+    dynamic_pointwise_conv(lateral);
+  }
+}
+
+void run_head(const Group& group, Arena& arena, float* const* pyramid) {
+  const Params& p = group.p;
+  float* turns[2] = {arena.take(group.layout.level_size), arena.take(group.layout.level_size)};
+  std::int64_t location = 0;
+  for (int level = 0; level < p.num_levels; ++level) {
+    const Map map = group.layout.taps[level];
+    const float* x = pyramid[level];
+    for (int conv = 0; conv < p.num_convs; ++conv) {
+      run_block(p.convs[conv * p.num_levels + level], group.count, map, x, turns[conv % 2]);
+      x = turns[conv % 2];
+    }
+    DynamicPointwiseConvParams predictor = p.predictor;
+    predictor.num_pixels = map.pixels();
+    predictor.scale = p.levels[level].predictor_affine.scale;
+    predictor.shift = p.levels[level].predictor_affine.shift;
+    predictor.y_stride = predictor.out_channels;
+    for (std::int64_t image = 0; image < group.count; ++image) {
+      predictor.x = x + image * map.pixels() * p.neck_channels;
+      predictor.y = p.raw + ((group.first + image) * p.num_locations + location) * predictor.out_channels;
+      dynamic_pointwise_conv(predictor);
+    }
+    location += map.pixels();
+  }
+}
+
+// Means over the pixels of each image: [count, pixels, channels] -> [count, channels].
+void pool(std::int64_t count, std::int64_t pixels, std::int64_t channels, const float* x, float* y) {
+  const float per_pixel = 1.0f / static_cast<float>(pixels);
+  for (std::int64_t image = 0; image < count; ++image, x += pixels * channels, y += channels) {
+    for (std::int64_t c = 0; c < channels; c += kLanes) {
+      Vec total{};
+      for (std::int64_t m = 0; m < pixels; ++m) total += load(x + m * channels + c);
+      store(y + c, total * per_pixel);
+    }
+  }
+}
+
+void run_dense(DynamicPointwiseConvParams layer, std::int64_t num_pixels, const float* x, float* y) {
+  layer.num_pixels = num_pixels;
+  layer.x = x;
+  layer.y = y;
+  layer.y_stride = layer.out_channels;
+  dynamic_pointwise_conv(layer);
+}
+
+void run_classifier(const Group& group, Arena& arena, const float* x) {
+  const Params& p = group.p;
+  const std::int64_t pixels = group.layout.last.pixels(), channels = p.feature.out_channels;
+  float* feature = arena.take(group.count * pixels * channels);
+  float* pooled = arena.take(group.count * channels);
+  float* hidden = arena.take(group.count * p.hidden.out_channels);
+  run_dense(p.feature, group.count * pixels, x, feature);
+  pool(group.count, pixels, channels, feature, pooled);
+  run_dense(p.hidden, group.count, pooled, hidden);
+  run_dense(p.classifier, group.count, hidden, p.logits + group.first * p.classifier.out_channels);
+}
+
+void run_group(const Group& group) {
+  Arena arena{thread_scratch(Scratch::kCall, static_cast<std::size_t>(group.layout.total))};
+  const float* taps[kMaxLevels] = {};
+  const float* last = run_backbone(group, arena, taps);
+  if (group.p.num_levels == 0) return run_classifier(group, arena, last);
+  float* pyramid[kMaxLevels] = {};
+  run_neck(group, arena, taps, pyramid);
+  run_head(group, arena, pyramid);
+}
+
+}  // namespace
+
+void subnet(const Params& p) {
+  const std::int64_t per_thread = ceil_div(p.batch, max_threads());
+  const std::int64_t per_group = max_of<std::int64_t>(1, min_of(kImagesPerGroup, per_thread));
+  const Layout layout(p, per_group);
+  std::int64_t num_locations = 0;
+  for (int level = 0; level < p.num_levels; ++level) num_locations += layout.taps[level].pixels();
+  PFNAS_CHECK(num_locations == p.num_locations);
+  const std::int64_t num_groups = ceil_div(p.batch, per_group);
+  parallel_for(num_groups, layout.flops * static_cast<double>(num_groups), [&](std::int64_t item) {
+    const std::int64_t first = item * per_group;
+    const std::int64_t count = min_of(per_group, p.batch - first);
+    run_group({p, layout, first, count});
+  });
+}
+
+}  // namespace pfnas::PFNAS_TIER

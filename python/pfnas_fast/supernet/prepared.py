@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Subnets that run as one compiled call: weights packed once for all paths, normalisation folded per path.
+
+A net packs its weights when a path is first prepared, and all its paths read that one copy: preparing another
+path chooses widths, kernels and blocks, and copies no weight. The copy is dropped when the net is trained or
+its weights change.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pfnas_fast.errors import InputError
+from pfnas_fast.ops._library import _C
+from pfnas_fast.space import BlockSpec, Path, Space, se_channels
+from pfnas_fast.supernet.layers import DynamicBatchNorm2d
+from pfnas_fast.supernet.packing import Packer
+from pfnas_fast.supernet.recalibration import BNStatistics
+
+Output = TypeVar("Output")
+_CACHED_PATHS = 256
+
+
+class PackedWeights:
+    """One version of a net's weights, packed.
+
+    Args:
+        net: The net.
+        packer: Its batch normalisations.
+        layout: Where its parts are.
+    """
+
+    def __init__(self, net: Any, packer: Packer, layout: dict[str, Any]) -> None:
+        self.compiled, self._folded_size = packer.finish(layout)
+        self.norm_names, self.norms = packer.norm_names, packer.norms
+        self.norm_widths = {
+            name: norm.num_features for name, norm in zip(packer.norm_names, packer.norms, strict=True)
+        }
+        self.modules = list(net.modules())
+        keys = [key for key, _ in net.backbone.blocks.named_children()]
+        self.block_names = {int(key): f"backbone.blocks.{key}" for key in keys}
+        self.places = {int(key): place for place, key in enumerate(keys)}
+        self.has_levels = bool(layout["laterals"])
+        self._tensors = [*net.parameters(), *net.buffers()]
+        self.version = self.current_version()
+        self._running: Tensor | None = None
+        self.subnets: dict[Path, Any] = {}
+
+    def current_version(self) -> int:
+        """Grows with every in-place change of a parameter or buffer that goes through torch."""
+        return sum([tensor._version for tensor in self._tensors])
+
+    def folded(self, statistics: BNStatistics | None) -> Tensor:
+        """Scales and shifts of every batch normalisation, one flat tensor; None: the running statistics."""
+        if statistics is None and self._running is not None:
+            return self._running
+        means: list[Tensor | None] = []
+        variances: list[Tensor | None] = []
+        for name, norm in zip(self.norm_names, self.norms, strict=True):
+            pair = statistics.layers.get(name) if statistics is not None else None
+            if statistics is None:
+                means.append(norm.running_mean)
+                variances.append(norm.running_var)
+            else:
+                means.append(None if pair is None else pair[0].contiguous())
+                variances.append(None if pair is None else pair[1].contiguous())
+        folded = torch.full((self._folded_size,), torch.nan)
+        self.compiled.fold(means, variances, folded)
+        if statistics is None:
+            self._running = folded
+        return folded
+
+
+class PreparedSubnet(Generic[Output]):
+    """One path of a net, ready to run in one compiled call; `net.prepare(path)` makes it.
+
+    It computes what ``net(images, path)`` computes in eval mode without gradients, in float32 on the CPU, to
+    rounding. Any number of threads may call it. It can be pickled and copied (with its net).
+
+    Attributes:
+        path: The path.
+        statistics: What batch normalisation uses; None: the net's running statistics when it was prepared.
+    """
+
+    def __init__(
+        self,
+        net: PreparableMixin[Output],
+        path: Path,
+        statistics: BNStatistics | None,
+        packed: PackedWeights,
+        compiled: Any,
+    ) -> None:
+        self.path, self.statistics = path, statistics
+        self._net, self._packed, self._compiled = net, packed, compiled
+
+    def __call__(self, images: Tensor) -> Output:
+        """Run the path.
+
+        Args:
+            images: Normalised images, [N, 3, H, W], float32, on the CPU, any strides.
+
+        Returns:
+            What the net's forward returns.
+
+        Raises:
+            InputError: the shape is another, or the net's weights have changed since (prepare again).
+            TypeError: not float32.
+        """
+        if self._net.__dict__.get("_packed") is not self._packed:
+            raise InputError(
+                "PreparedSubnet: expected the weights it was prepared with, got a net that was trained,"
+                " loaded or changed since: call prepare() again"
+            )
+        _check_images(images)
+        return self._net._finish_prepared(images, self._compiled)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _prepare_again, (self._net, self.path, self.statistics)
+
+
+def _prepare_again(net: Any, path: Path, statistics: BNStatistics | None) -> Any:
+    return net.prepare(path, statistics)
+
+
+def _check_images(images: Tensor) -> None:
+    if images.dtype != torch.float32 or images.device.type != "cpu":
+        got = f"{str(images.dtype).removeprefix('torch.')} on {images.device.type}"
+        raise TypeError(f"PreparedSubnet: expected float32 on the CPU for images, got {got}")
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+        raise InputError(
+            f"PreparedSubnet: expected shape [N, 3, H, W] with H, W >= 1 for images, got {list(images.shape)}"
+        )
+
+
+class PreparableMixin(nn.Module, Generic[Output]):
+    """Gives a net `prepare`. A subclass says how it is packed and what its outputs are."""
+
+    space: Space
+    backbone: Any
+
+    def _pack(self) -> tuple[Packer, dict[str, Any]]:
+        raise NotImplementedError
+
+    def _finish_prepared(self, images: Tensor, compiled: Any) -> Output:
+        raise NotImplementedError
+
+    def prepare(self, path: Path, statistics: BNStatistics | None = None) -> PreparedSubnet[Output]:
+        """Make one path ready to run in one compiled call, for inference.
+
+        The first call packs the weights of the net; later calls choose among them. Everything prepared is
+        dropped by `train()`, by loading a state dict, and by the next `prepare` after an in-place change of
+        weights or buffers that torch sees (writes through ``.data`` are not seen: call `drop_prepared`).
+
+        Args:
+            path: A path of the net's space.
+            statistics: BN statistics of this path, from `recalibrate`; None takes the running buffers.
+
+        Returns:
+            A callable from images to what forward returns.
+
+        Raises:
+            InputError: the net is in training mode, `path` has other blocks, or `statistics` lack a layer
+                that the path uses or have another width.
+            TypeError: the net is not float32 on the CPU.
+        """
+        packed = self._packed_weights()
+        if statistics is None:
+            found = packed.subnets.get(path)
+            if found is not None:
+                return found
+        choices = _choices(self.space, packed, path)
+        if statistics is not None:
+            _check_statistics(self.space, statistics, packed, path)
+        compiled = _C.Subnet(packed.compiled, choices, packed.folded(statistics))
+        subnet = PreparedSubnet(self, path, statistics, packed, compiled)
+        if statistics is None and len(packed.subnets) < _CACHED_PATHS:
+            packed.subnets[path] = subnet
+        return subnet
+
+    def drop_prepared(self) -> None:
+        """Forget the packed weights; what was prepared must be prepared again."""
+        self.__dict__["_packed"] = None
+
+    def _packed_weights(self) -> PackedWeights:
+        if self.training:
+            raise InputError("prepare: expected a net in eval mode, got one in training mode")
+        packed = self.__dict__.get("_packed")
+        if packed is None or packed.version != packed.current_version():
+            parameter = next(self.parameters())
+            if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+                got = f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}"
+                raise TypeError(f"prepare: expected a net of float32 on the CPU, got {got}")
+            with _PACKING, torch.no_grad():
+                packed = PackedWeights(self, *self._pack())
+                self.__dict__["_packed"] = packed
+        return packed
+
+    def _try_prepared(self, images: Tensor, path: Path) -> PreparedSubnet[Output] | None:
+        """The subnet that may stand in for forward: in eval mode, without gradients, hooks or tracing."""
+        if (
+            self.training
+            or torch.is_grad_enabled()
+            or images.device.type != "cpu"
+            or images.dtype != torch.float32
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+        ):
+            return None
+        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+            return None  # forward names the mistake
+        packed = self._packed_weights()
+        statistics: dict[str, tuple[Tensor, Tensor]] | None = None
+        for module in packed.modules:
+            if module._forward_hooks or module._forward_pre_hooks:
+                return None
+            if module.training or (isinstance(module, DynamicBatchNorm2d) and module.collector is not None):
+                return None
+        for name, norm in zip(packed.norm_names, packed.norms, strict=True):
+            if isinstance(norm, DynamicBatchNorm2d) and norm.statistics is not None:
+                statistics = {} if statistics is None else statistics
+                if norm.statistics[0].numel() > 0:
+                    statistics[name] = norm.statistics
+        return self.prepare(path, None if statistics is None else BNStatistics(statistics))
+
+    def train(self, mode: bool = True) -> Any:
+        """As `torch.nn.Module.train`; entering training mode drops what was prepared."""
+        if mode:
+            self.drop_prepared()
+        return super().train(mode)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `torch.nn.Module.load_state_dict`; drops what was prepared."""
+        self.drop_prepared()
+        return super().load_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        self.drop_prepared()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_packed", None)
+        return state
+
+
+_PACKING = threading.Lock()
+
+
+def _active_blocks(space: Space, path: Path) -> list[BlockSpec]:
+    return [block for block in space.blocks if block.position < path.depths[block.stage]]
+
+
+def _choices(space: Space, packed: PackedWeights, path: Path) -> list[tuple[int, int, int, int, int]]:
+    """(place, kernel size, middle channels, reduced channels, tapped level) of every block that runs."""
+    if len(path.depths) != len(space.stages) or len(path.kernel_sizes) != len(space.blocks):
+        raise InputError(
+            f"prepare: expected {len(space.stages)} stages and {len(space.blocks)} blocks for path, "
+            f"got {len(path.depths)} and {len(path.kernel_sizes)}"
+        )
+    choices: list[tuple[int, int, int, int, int]] = []
+    if space.first_block is not None:
+        choices.append((0, space.first_block.kernel_size, space.first_block.in_channels, 0, -1))
+    offset = len(choices)
+    taps = {stage: level for level, stage in enumerate(space.taps)} if packed.has_levels else {}
+    for block in _active_blocks(space, path):
+        mid = block.mid_channels(path.expand_ratios[block.index])
+        is_last = block.position == path.depths[block.stage] - 1
+        choices.append(
+            (
+                packed.places[block.index] + offset,
+                path.kernel_sizes[block.index],
+                mid,
+                se_channels(mid) if block.se else 0,
+                taps.get(block.stage, -1) if is_last else -1,
+            )
+        )
+    return choices
+
+
+def _check_statistics(space: Space, statistics: BNStatistics, packed: PackedWeights, path: Path) -> None:
+    """Every layer that runs must have statistics of its width."""
+    unknown = [name for name in statistics.layers if name not in packed.norm_widths]
+    if unknown:
+        raise InputError(f"prepare: expected statistics of this net, got the layer {unknown[0]!r}")
+    widths = dict(packed.norm_widths)
+    for block in space.blocks:
+        name = packed.block_names.get(block.index)
+        if name is None:
+            continue
+        if block.position >= path.depths[block.stage]:
+            for part in ("expand", "depth", "project"):
+                del widths[f"{name}.{part}_bn"]
+        else:
+            mid = block.mid_channels(path.expand_ratios[block.index])
+            widths[f"{name}.expand_bn"] = widths[f"{name}.depth_bn"] = mid
+    for name, channels in widths.items():
+        pair = statistics.layers.get(name)
+        if pair is None or pair[0].shape[0] != channels:
+            got = "none" if pair is None else f"{pair[0].shape[0]} channels"
+            raise InputError(f"prepare: expected statistics of {channels} channels for {name}, got {got}")
