@@ -15,7 +15,9 @@ from harness import Effort, Row, compare, prepare_process
 SUITES = {
     "cost": "suite_cost",
     "depthwise": "suite_depthwise",
+    "inference": "suite_inference",
     "path_filter": "suite_path_filter",
+    "path_switch": "suite_path_switch",
     "pointwise": "suite_pointwise",
     "sampling": "suite_sampling",
     "search": "suite_search",

@@ -77,6 +77,8 @@ PYBIND11_MODULE(_C, m) {
     PFNAS_CHECK(view.is_float32() && view.is_cpu() && view.is_contiguous());
     pfnas::advise_huge_pages(view.data, static_cast<std::size_t>(view.numel()) * sizeof(float));
   });
+  m.def("scratch_bytes", &pfnas::scratch_bytes);
+  m.def("release_scratch", &pfnas::release_scratch);
   m.def("poison_thread_scratch", &pfnas::poison_thread_scratch);
 #ifdef PFNAS_HAS_CUDA
   m.attr("cuda_built") = true;

@@ -333,12 +333,52 @@ struct Subnet {
   }
 };
 
+// One block by itself. x: [N, H, W, in_channels padded to 16], y: [N, Ho, Wo, out_channels padded to 16].
+void run_block(py::object weights, const py::dict& layout, py::object folded, int kernel_size,
+               std::int64_t mid_channels, std::int64_t reduced_channels, py::handle x, py::handle y) {
+  const BlockSpec spec = block_spec(Flat(std::move(weights), "weights"), layout);
+  const SubnetBlock step =
+      make_block(spec, Flat(std::move(folded), "folded"), kernel_size, mid_channels, reduced_channels, -1);
+  FusedMBConvParams p = step.block;
+  const TensorView in = dense_tensor(x, "x", 4), out = dense_tensor(y, "y", 4);
+  p.batch = in.shape[0];
+  p.height = in.shape[1];
+  p.width = in.shape[2];
+  p.out_height = (p.height + p.stride - 1) / p.stride;
+  p.out_width = (p.width + p.stride - 1) / p.stride;
+  PFNAS_CHECK(in.shape[3] == p.x_stride && out.shape[3] == p.out_channels && out.shape[0] == p.batch);
+  PFNAS_CHECK(out.shape[1] == p.out_height && out.shape[2] == p.out_width);
+  p.x = static_cast<const float*>(in.data);
+  p.y = static_cast<float*>(out.data);
+  p.y_stride = p.out_channels;
+  if (step.has_residual) {
+    p.residual = p.x;
+    p.residual_stride = p.x_stride;
+  }
+  const py::gil_scoped_release released;
+  switch (active_isa()) {
+#ifdef PFNAS_HAS_AVX512
+    case Isa::kAvx512:
+      return avx512::fused_mbconv(p);
+#endif
+#ifdef PFNAS_HAS_AVX2
+    case Isa::kAvx2:
+      return avx2::fused_mbconv(p);
+#endif
+    default:
+      return portable::fused_mbconv(p);
+  }
+}
+
 }  // namespace
 
 void register_subnet(py::module_& m) {
   py::class_<PackedNet>(m, "PackedNet")
       .def(py::init<py::object, py::dict>(), py::arg("weights"), py::arg("layout"))
       .def("fold", &PackedNet::fold, py::arg("means"), py::arg("vars"), py::arg("out"));
+  m.def("fused_mbconv", &run_block, py::arg("weights"), py::arg("layout"), py::arg("folded"),
+        py::arg("kernel_size"), py::arg("mid_channels"), py::arg("reduced_channels"), py::arg("x"),
+        py::arg("y"));
   py::class_<Subnet>(m, "Subnet")
       .def(py::init<py::object, std::vector<Choice>, py::object>(), py::arg("net"), py::arg("choices"),
            py::arg("folded"))

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/scratch.h"
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
@@ -16,32 +17,62 @@ namespace {
 constexpr std::size_t kAlignment = 64;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
+std::atomic<std::size_t> total_bytes{0};
+std::atomic<unsigned> num_releases{0};
+
 struct Buffer {
   float* data = nullptr;
   std::size_t count = 0;
 
-  ~Buffer() { std::free(data); }
+  ~Buffer() { release(); }
+  void release() {
+    std::free(data);
+    total_bytes.fetch_sub(count * sizeof(float), std::memory_order_relaxed);
+    data = nullptr;
+    count = 0;
+  }
   float* reserve(std::size_t wanted) {
     if (wanted > count) {
-      std::free(data);
-      count = 0;
+      release();
       const std::size_t alignment = wanted * sizeof(float) < kHugePage ? kAlignment : kHugePage;
       const std::size_t bytes = (wanted * sizeof(float) + alignment - 1) / alignment * alignment;
       data = static_cast<float*>(std::aligned_alloc(alignment, bytes));
       if (data == nullptr) throw std::bad_alloc();
       if (alignment == kHugePage) advise_huge_pages(data, bytes);
       count = bytes / sizeof(float);
+      total_bytes.fetch_add(bytes, std::memory_order_relaxed);
     }
     return data;
   }
 };
 
-thread_local Buffer buffers[2];
+struct ThreadBuffers {
+  Buffer by_purpose[2];
+  unsigned seen_releases = 0;
+
+  // Memory of another thread cannot be freed from here: each thread frees its own when it next asks.
+  void obey_release() {
+    const unsigned wanted = num_releases.load(std::memory_order_relaxed);
+    if (wanted == seen_releases) return;
+    seen_releases = wanted;
+    for (Buffer& buffer : by_purpose) buffer.release();
+  }
+};
+
+thread_local ThreadBuffers buffers;
 
 }  // namespace
 
 float* thread_scratch(Scratch purpose, std::size_t count) {
-  return buffers[static_cast<int>(purpose)].reserve(count);
+  buffers.obey_release();
+  return buffers.by_purpose[static_cast<int>(purpose)].reserve(count);
+}
+
+std::size_t scratch_bytes() { return total_bytes.load(std::memory_order_relaxed); }
+
+void release_scratch() {
+  num_releases.fetch_add(1, std::memory_order_relaxed);
+  buffers.obey_release();
 }
 
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_t num_bytes) {
@@ -54,7 +85,7 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_t
 }
 
 void poison_thread_scratch() {
-  for (Buffer& buffer : buffers) {
+  for (Buffer& buffer : buffers.by_purpose) {
     for (std::size_t i = 0; i < buffer.count; ++i) buffer.data[i] = std::numeric_limits<float>::quiet_NaN();
   }
 }

@@ -16,6 +16,13 @@ enum class Scratch {
 // reuses (and may move) it.
 float* thread_scratch(Scratch purpose, std::size_t count);
 
+// Bytes that all threads hold.
+std::size_t scratch_bytes();
+
+// Frees the buffers of the calling thread now, and those of every other thread when it next asks for one.
+// Must not run while a kernel of the calling thread does.
+void release_scratch();
+
 // Asks for huge pages where the system offers them: without, large arrays cost a page fault and an address
 // translation per 4 KB. Contents stay.
 void advise_huge_pages(void* data, std::size_t num_bytes);

@@ -3,23 +3,26 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pfnas_fast.data.images import letterbox, normalize
 from pfnas_fast.detection.checkpoint import read_tensors, write_tensors
-from pfnas_fast.detection.neck_head import Head, Neck
+from pfnas_fast.detection.neck_head import Head, Neck, run_prepared_detector
 from pfnas_fast.detection.output import Detection, DetectorOutput
 from pfnas_fast.detection.postprocess import postprocess
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import Path, Space
 from pfnas_fast.supernet import PlainBackbone
+from pfnas_fast.supernet.packing import Packer, pack_detector
+from pfnas_fast.supernet.prepared import PreparableMixin
 
 _FORMAT = "pfnas_fast.Detector/1"
 
 
-class Detector(nn.Module):
+class Detector(PreparableMixin[DetectorOutput]):
     """The detector of one path; ordinary torch layers only, batch normalisation set.
 
     `DetectionSupernet.extract` makes one with weights; the constructor makes an untrained one. To fine-tune
@@ -83,6 +86,8 @@ class Detector(nn.Module):
     ) -> Detection:
         """Detect objects in one image as it comes from a decoder; scales and normalises it.
 
+        On the CPU in float32, the compiled subnet (`prepare`) does it; the first call packs the weights.
+
         Args:
             image: RGB, [3, H, W], uint8, any size.
             score_threshold: See `postprocess`, as for the next two.
@@ -115,13 +120,20 @@ class Detector(nn.Module):
             )
         canvas, scale = letterbox(image, self.canvas)
         batch = normalize(canvas[None].to(next(self.parameters()).device))
+        prepared = self._try_prepared(batch, self.path)
         (found,) = postprocess(
-            self.dense(batch),
+            self.dense(batch) if prepared is None else prepared(batch),
             score_threshold=score_threshold,
             iou_threshold=iou_threshold,
             max_detections=max_detections,
         )
         return found.to_original(scale, (image.shape[1], image.shape[2]))
+
+    def _pack(self) -> tuple[Packer, dict[str, Any]]:
+        return pack_detector(self)
+
+    def _finish_prepared(self, images: Tensor, compiled: Any) -> DetectorOutput:
+        return run_prepared_detector(self.head, images, compiled)
 
     def save(self, file: str | pathlib.Path) -> None:
         """Write everything that `load` needs: space, path, classes and weights; atomic, tensors on the CPU.

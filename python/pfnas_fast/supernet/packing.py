@@ -81,26 +81,49 @@ class Packer:
         )
         return folded
 
-    def finish(self, layout: dict[str, Any]) -> tuple[Any, int]:
-        """The compiled net and the number of floats of a folded tensor."""
+    @property
+    def folded_size(self) -> int:
+        """Number of floats of a folded tensor."""
+        return self._folded_size
+
+    def weights(self) -> Tensor:
+        """Everything that was added, one flat float32 tensor on huge pages."""
         weights = torch.zeros(self._size)
         _C.advise_huge_pages(weights)
         for offset, values in self._parts:
             weights[offset : offset + values.numel()] = values
+        return weights
+
+    def finish(self, layout: dict[str, Any]) -> Any:
+        """The compiled net."""
+        weights = self.weights()
         layout = {"folded_size": self._folded_size, "norms": self._norm_layout, **layout}
-        return _C.PackedNet(weights, layout), self._folded_size
+        return _C.PackedNet(weights, layout)
 
 
 def _activation(name: str | None) -> int:
     return ACTIVATIONS.index(name)
 
 
+def _derived_filters(conv: DynamicDepthwiseConv2d) -> Iterator[Tensor]:
+    """The filters [C, 1, k, k] of every size, largest first.
+
+    As `DynamicDepthwiseConv2d.active_weight`, but without a matrix product, whose bits may depend on the
+    number of threads.
+    """
+    filters = conv.weight.detach()
+    yield filters
+    for size, name in conv.transform_names:
+        centre = filters[:, :, 1:-1, 1:-1].reshape(filters.shape[0], 1, -1)  # [C, 1, (size - 2) ** 2]
+        filters = (centre * getattr(conv, name).detach()).sum(-1).view(-1, 1, size - 2, size - 2)
+        yield filters
+
+
 def _depthwise(packer: Packer, conv: nn.Module) -> tuple[dict[int, int], int, int]:
     """(offset by kernel size, stride, channels) of a dynamic or a plain depthwise convolution."""
     if isinstance(conv, DynamicDepthwiseConv2d):
-        channels = conv.weight.shape[0]
-        sizes = conv.kernel_sizes
-        return {k: packer.filters(conv.active_weight(channels, k)) for k in sizes}, conv.stride, channels
+        offsets = {filters.shape[-1]: packer.filters(filters) for filters in _derived_filters(conv)}
+        return {k: offsets[k] for k in conv.kernel_sizes}, conv.stride, conv.weight.shape[0]
     assert isinstance(conv, nn.Conv2d)
     return {conv.kernel_size[0]: packer.filters(conv.weight)}, conv.stride[0], conv.out_channels
 

@@ -36,7 +36,7 @@ class PackedWeights:
     """
 
     def __init__(self, net: Any, packer: Packer, layout: dict[str, Any]) -> None:
-        self.compiled, self._folded_size = packer.finish(layout)
+        self.compiled, self._folded_size = packer.finish(layout), packer.folded_size
         self.norm_names, self.norms = packer.norm_names, packer.norms
         self.norm_widths = {
             name: norm.num_features for name, norm in zip(packer.norm_names, packer.norms, strict=True)
@@ -196,6 +196,9 @@ class PreparableMixin(nn.Module, Generic[Output]):
                 got = f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}"
                 raise TypeError(f"prepare: expected a net of float32 on the CPU, got {got}")
             with _PACKING, torch.no_grad():
+                newest = self.__dict__.get("_packed")  # another thread may have been faster
+                if newest is not packed and newest is not None:
+                    return newest
                 packed = PackedWeights(self, *self._pack())
                 self.__dict__["_packed"] = packed
         return packed
