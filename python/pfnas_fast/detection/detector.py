@@ -15,9 +15,9 @@ from pfnas_fast.detection.output import Detection, DetectorOutput
 from pfnas_fast.detection.postprocess import postprocess
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import Path, Space
-from pfnas_fast.supernet import PlainBackbone
+from pfnas_fast.supernet import BNStatistics, PlainBackbone
 from pfnas_fast.supernet.packing import Packer, pack_detector
-from pfnas_fast.supernet.prepared import PreparableMixin
+from pfnas_fast.supernet.prepared import PreparableMixin, PreparedSubnet
 
 _FORMAT = "pfnas_fast.Detector/1"
 
@@ -128,6 +128,20 @@ class Detector(PreparableMixin[DetectorOutput]):
             max_detections=max_detections,
         )
         return found.to_original(scale, (image.shape[1], image.shape[2]))
+
+    def prepare(
+        self, path: Path | None = None, statistics: BNStatistics | None = None
+    ) -> PreparedSubnet[DetectorOutput]:
+        """As `PreparableMixin.prepare`; the path is this detector's own.
+
+        Example:
+            >>> from pfnas_fast.space import load_space
+            >>> space = load_space("tiny")
+            >>> detector = Detector(space, space.min_path(), num_classes=3).eval()
+            >>> detector.prepare()(torch.zeros(1, 3, 96, 128)).logits.shape
+            torch.Size([1, 252, 3])
+        """
+        return super().prepare(self.path if path is None else path, statistics)
 
     def _pack(self) -> tuple[Packer, dict[str, Any]]:
         return pack_detector(self)

@@ -13,6 +13,7 @@ from pfnas_fast.supernet.layers import (
     DynamicSE,
 )
 from pfnas_fast.supernet.ofa import load_ofa_weights
+from pfnas_fast.supernet.prepared import PreparedSubnet
 from pfnas_fast.supernet.recalibration import (
     BNStatistics,
     recalibrate,
@@ -35,6 +36,7 @@ __all__ = [
     "DynamicPointwiseConv2d",
     "DynamicSE",
     "PlainBackbone",
+    "PreparedSubnet",
     "copy_active_weights",
     "load_ofa_weights",
     "recalibrate",

@@ -167,6 +167,17 @@ class PreparableMixin(nn.Module, Generic[Output]):
             InputError: the net is in training mode, `path` has other blocks, or `statistics` lack a layer
                 that the path uses or have another width.
             TypeError: the net is not float32 on the CPU.
+
+        Source:
+            Elastic weights as prefixes: Once-for-All, arXiv:1908.09791, section 3.
+
+        Example:
+            >>> from pfnas_fast.space import load_space
+            >>> from pfnas_fast.supernet import ClassificationSupernet
+            >>> net = ClassificationSupernet(load_space("tiny"), num_classes=10).eval()
+            >>> subnet = net.prepare(net.space.min_path())
+            >>> subnet(torch.rand(2, 3, 64, 64)).shape
+            torch.Size([2, 10])
         """
         packed = self._packed_weights()
         if statistics is None:
