@@ -215,7 +215,10 @@ class PreparableMixin(nn.Module, Generic[Output]):
         return packed
 
     def _try_prepared(self, images: Tensor, path: Path) -> PreparedSubnet[Output] | None:
-        """The subnet that may stand in for forward: in eval mode, without gradients, hooks or tracing."""
+        """The subnet that may stand in for forward: in eval mode, without gradients, hooks or tracing.
+
+        Only float32 on the CPU is compiled; None for everything else, which the layers then compute.
+        """
         if (
             self.training
             or torch.is_grad_enabled()
@@ -228,6 +231,9 @@ class PreparableMixin(nn.Module, Generic[Output]):
             return None
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
             return None  # forward names the mistake
+        parameter = next(self.parameters())
+        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+            return None
         packed = self._packed_weights()
         statistics: dict[str, tuple[Tensor, Tensor]] | None = None
         for module in packed.modules:
