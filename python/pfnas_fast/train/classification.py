@@ -25,7 +25,7 @@ from pfnas_fast.run.folder import Run
 from pfnas_fast.space import CostModel, Path
 from pfnas_fast.supernet import ClassificationSupernet, recalibrate, use_statistics
 from pfnas_fast.train.distributed import rank_and_size
-from pfnas_fast.train.engine import Progress, Teacher, TrainOptions, fit
+from pfnas_fast.train.engine import Progress, Teacher, TrainOptions, describe, fit
 
 _LABEL_SMOOTHING = 0.1
 _EVAL_BATCH = 64
@@ -86,6 +86,7 @@ def pretrain(
             f"pretrain: expected {net.num_classes} classes (the net's) in data, got {len(data.class_names)}"
         )
     seed = run.seed if run is not None else seed
+    sampler, augmentation = Uniform(net.space), ClassificationAugmentation(flip=0.5 if hflip else 0.0)
     options = TrainOptions(
         schedule,
         steps,
@@ -99,14 +100,16 @@ def pretrain(
         checkpoint_every,
         seed,
         stage,
+        describe(sampler),
+        describe(augmentation),
     )
     cost = CostModel(net.space, num_classes=net.num_classes, task="classification")
-    task = _ClassificationTask(net, data.train, options, hflip)
+    task = _ClassificationTask(net, data.train, options, augmentation)
     return fit(
         net,
         task,
         cost=cost,
-        sampler=Uniform(net.space).bind(cost),
+        sampler=sampler.bind(cost),
         options=options,
         run=run,
         progress=progress,
@@ -136,7 +139,7 @@ class _ClassificationTask:
     net: ClassificationSupernet
     dataset: ClassificationDataset
     options: TrainOptions
-    hflip: bool
+    augmentation: ClassificationAugmentation
 
     def batches(self, start_step: int, num_steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         rank, _ = rank_and_size()
@@ -147,7 +150,7 @@ class _ClassificationTask:
             seed=self.options.stream_seed + 7919 * rank,
             start_step=start_step,
             num_steps=num_steps,
-            augment=ClassificationAugmentation(flip=0.5 if self.hflip else 0.0),
+            augment=self.augmentation,
         )
 
     def backward(

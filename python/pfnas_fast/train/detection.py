@@ -16,7 +16,7 @@ from pfnas_fast.filter.samplers import Balanced, Sampler
 from pfnas_fast.run.folder import Run
 from pfnas_fast.space import Path
 from pfnas_fast.train.distributed import rank_and_size
-from pfnas_fast.train.engine import Progress, Teacher, TrainOptions, fit
+from pfnas_fast.train.engine import Progress, Teacher, TrainOptions, describe, fit
 
 
 def train(
@@ -90,6 +90,7 @@ def train(
     seed = run.seed if run is not None else seed
     if stage is None:
         stage = run.next_name("train") if run is not None else "train"
+    sampler, augmentation = sampler or Balanced(net.space), augmentation or Augmentation()
     options = TrainOptions(
         schedule,
         steps,
@@ -103,10 +104,13 @@ def train(
         checkpoint_every,
         seed,
         stage,
+        describe(sampler),
+        describe(augmentation),
     )
-    bound = (sampler or Balanced(net.space)).bind(net.cost)
-    task = _DetectionTask(net, dataset, options, augmentation or Augmentation(), num_workers)
-    return fit(net, task, cost=net.cost, sampler=bound, options=options, run=run, progress=progress)
+    task = _DetectionTask(net, dataset, options, augmentation, num_workers)
+    return fit(
+        net, task, cost=net.cost, sampler=sampler.bind(net.cost), options=options, run=run, progress=progress
+    )
 
 
 @dataclass

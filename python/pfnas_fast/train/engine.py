@@ -72,6 +72,8 @@ class TrainOptions:
     checkpoint_every: int
     seed: int
     stage: str
+    sampler: str  # which, and with what settings
+    augmentation: str
 
     @property
     def stream_seed(self) -> int:
@@ -142,6 +144,16 @@ def fit(
             steps=state.step,
         )
     return {"steps": state.step, "macs_t": state.macs_t, "seconds": state.seconds}
+
+
+def describe(settings: object) -> str:
+    """Class and plain settings of a sampler or an augmentation, as text."""
+    plain = {
+        key: value
+        for key, value in sorted(vars(settings).items())
+        if not key.startswith("_") and (value is None or isinstance(value, (bool, int, float, str)))
+    }
+    return f"{type(settings).__name__}({', '.join(f'{key}={value!r}' for key, value in plain.items())})"
 
 
 def stream_id(stage: str) -> int:
