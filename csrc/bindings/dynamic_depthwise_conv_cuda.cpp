@@ -10,6 +10,7 @@
 #include "bindings/ops.h"
 #include "common/check.h"
 #include "kernels/dynamic_depthwise_conv/cuda_params.h"
+#include "kernels/dynamic_depthwise_conv/cuda_plan.h"
 
 namespace py = pybind11;
 
@@ -118,12 +119,26 @@ std::int64_t workspace(const std::array<std::int64_t, 4>& x_shape, int kernel_si
   return cuda::dynamic_depthwise_conv_workspace(p, for_backward);
 }
 
+// How a convolution that writes [batch, channels, height, width] is cut, for tests of its traffic.
+py::dict plan(std::int64_t batch, std::int64_t channels, std::int64_t height, std::int64_t width, int step) {
+  const cuda::ConvolvePlan plan = cuda::plan_convolve(batch, channels, height, width, step);
+  py::dict result;
+  result["pairs"] = plan.pairs;
+  result["strips"] = plan.strips;
+  result["chunks"] = plan.chunks;
+  result["strips_per_row"] = plan.strips_per_row;
+  result["bands"] = plan.bands;
+  result["band_rows"] = plan.band_rows;
+  return result;
+}
+
 }  // namespace
 
 void register_dynamic_depthwise_conv_cuda(py::module_& m) {
   m.def("dynamic_depthwise_conv_cuda_forward", &forward);
   m.def("dynamic_depthwise_conv_cuda_backward", &backward);
   m.def("dynamic_depthwise_conv_cuda_workspace", &workspace);
+  m.def("dynamic_depthwise_conv_cuda_plan", &plan);
 }
 
 }  // namespace pfnas

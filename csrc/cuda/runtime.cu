@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/runtime.h"
 
+#include <atomic>
+
 #include "cuda/check.h"
 
 namespace pfnas::cuda {
@@ -13,6 +15,19 @@ int device_count() {
     return 0;
   }
   return count;
+}
+
+int compute_capability(int device) {
+  constexpr int kMaxDevices = 64;
+  static std::atomic<int> known[kMaxDevices];
+  if (device >= 0 && device < kMaxDevices && known[device] != 0) return known[device];
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "asking for the architecture");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+        "asking for the architecture");
+  if (device < kMaxDevices) known[device] = 10 * major + minor;
+  return 10 * major + minor;
 }
 
 DeviceGuard::DeviceGuard(int device) {

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Emulated builds of the CUDA kernels, made once per session, and the orders in which threads run."""
 
+import shutil
 from types import ModuleType
 
 import pytest
-from emulator_build import PLAIN, build_module, compiler, load_module
+from emulator_build import PLAIN, TRACED, build_module, compiler, load_module
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +21,18 @@ def emulator() -> str:
 def plain(emulator: str) -> ModuleType:
     """All CUDA ops, emulated, at full speed."""
     return load_module(build_module(PLAIN))
+
+
+@pytest.fixture(scope="session")
+def traced(emulator: str) -> ModuleType:
+    """All CUDA ops, emulated, with every access watched."""
+    return load_module(build_module(TRACED))
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> str:
+    """The CUDA compiler; tests that need it are skipped where it is absent."""
+    found = shutil.which("nvcc")
+    if found is None:
+        pytest.skip("needs nvcc on the PATH")
+    return found

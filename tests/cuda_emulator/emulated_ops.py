@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from pfnas_fast.ops.dynamic_depthwise_conv import cuda_implementations as depthwise
+from pfnas_fast.ops.dynamic_pointwise_conv import cuda_implementations as pointwise
 
-IMPLEMENTATIONS: tuple[Callable[[Any], dict[str, Callable[..., Any]]], ...] = (depthwise,)
+IMPLEMENTATIONS: tuple[Callable[[Any], dict[str, Callable[..., Any]]], ...] = (depthwise, pointwise)
 
 
 @contextmanager

@@ -30,10 +30,12 @@ BINDINGS = (
 )
 KERNELS = tuple(sorted((CSRC / "kernels").glob("*/*_cuda.cu")))
 EMULATOR = (
+    RUNTIME / "async_copy.cpp",
     RUNTIME / "fiber.cpp",
     RUNTIME / "scheduler.cpp",
     RUNTIME / "ptx_registry.cpp",
     RUNTIME / "device_runtime.cpp",
+    RUNTIME / "symbols.cpp",
 )
 
 
@@ -46,15 +48,35 @@ class Variant:
         kernel_flags: For files with kernels.
         emulator_flags: For the emulator.
         link_flags: For the module.
+        tracer: The file with the access hooks, or the one that stands in for it.
     """
 
     name: str
     kernel_flags: tuple[str, ...] = ("-O2",)
     emulator_flags: tuple[str, ...] = ("-O2",)
     link_flags: tuple[str, ...] = ()
+    tracer: str = "no_tracer.cpp"
 
 
 PLAIN = Variant("plain")
+SANITIZED = Variant(
+    "sanitized",
+    kernel_flags=("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=pointer-overflow"),
+    emulator_flags=("-O1", "-g1", "-fsanitize=address"),
+    link_flags=("-fsanitize=address,undefined",),
+)
+TRACED = Variant(
+    "traced",
+    kernel_flags=(
+        "-O1",
+        "-g1",
+        "-fsanitize=thread",
+        "--param=tsan-instrument-func-entry-exit=0",
+        "-DCUDA_EMULATOR_TRACED",
+    ),
+    emulator_flags=("-O2", "-DCUDA_EMULATOR_TRACED"),
+    tracer="tracer.cpp",
+)
 
 
 @cache
@@ -98,6 +120,7 @@ def compile_object(source: Path, flags: Sequence[str]) -> Path:
         str(compiler()),
         "-std=c++20",
         "-fPIC",
+        "-fno-gnu-unique",  # modules of several builds live in one process
         "-march=native",
         "-ffp-contract=off",
         "-Wall",
@@ -105,6 +128,7 @@ def compile_object(source: Path, flags: Sequence[str]) -> Path:
         "-Werror",
         "-Wno-unknown-pragmas",
         "-Wno-psabi",
+        "-Wno-tsan",
         "-DPFNAS_EMULATED_CUDA",
         *flags,
         *_include_flags(),
@@ -144,6 +168,7 @@ def build_module(
     module = f"_emulated_{variant.name}{name}"
     objects = [compile_object(source, (*variant.kernel_flags, *kernel_flags)) for source in kernels]
     objects += [compile_object(source, variant.emulator_flags) for source in EMULATOR]
+    objects += [compile_object(RUNTIME / variant.tracer, ("-O2", "-DCUDA_EMULATOR_TRACED"))]
     objects += [compile_object(source, ("-O1", "-fvisibility=hidden")) for source in bindings]
     define = (f"-DPFNAS_MODULE_NAME={module}", "-O1", "-fvisibility=hidden")
     objects += [compile_object(RUNTIME / "module.cpp", define), *extra_objects]

@@ -10,7 +10,12 @@ from closeness import assert_close_to_reference
 from torch import Tensor
 
 from pfnas_fast.errors import InputError
-from pfnas_fast.ops import dynamic_pointwise_conv, pack_pointwise_weight, reference
+from pfnas_fast.ops import (
+    dynamic_pointwise_conv,
+    dynamic_pointwise_conv_moments,
+    pack_pointwise_weight,
+    reference,
+)
 
 
 class Case(NamedTuple):
@@ -67,7 +72,7 @@ def double(arguments: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("activation", [None, "relu", "hswish"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_values(case: Case, activation: str | None, tier: str) -> None:
+def test_values(case: Case, activation: str | None, backend: str) -> None:
     arguments = changed(make(case, seed=case.out), activation=activation)
     y = dynamic_pointwise_conv(**arguments)
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -76,13 +81,13 @@ def test_values(case: Case, activation: str | None, tier: str) -> None:
 
 
 @pytest.mark.parametrize("left_out", ["scale", "shift", "residual"])
-def test_epilogue_parts_are_optional(left_out: str, tier: str) -> None:
+def test_epilogue_parts_are_optional(left_out: str, backend: str) -> None:
     arguments: dict[str, Any] = changed(make(Case(2, 20, 4, 7, 56)), **{left_out: None})
     expected = reference.dynamic_pointwise_conv(**double(arguments))
     assert_close_to_reference(dynamic_pointwise_conv(**arguments), expected, 23, "y")
 
 
-def test_every_width_is_a_prefix(tier: str) -> None:
+def test_every_width_is_a_prefix(backend: str) -> None:
     """All widths of one packed weight give the outputs of the largest."""
     arguments = changed(make(Case(1, 24, 5, 5, 144)), scale=None, shift=None, residual=None)
     full = dynamic_pointwise_conv(**arguments)
@@ -119,7 +124,7 @@ def test_same_bits_for_any_number_of_threads(num_threads: None) -> None:
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "hswish"])
-def test_nan_in_gives_nan_out(activation: str | None, tier: str) -> None:
+def test_nan_in_gives_nan_out(activation: str | None, backend: str) -> None:
     arguments = make(Case(1, 20, 5, 6, 56))
     arguments["x"][0, 3, 2, 4] = math.nan
     arguments["shift"][7] = math.nan
@@ -172,12 +177,22 @@ def test_packing_names_mistakes() -> None:
         pack_pointwise_weight(torch.zeros(8, 8, 1, 1).double())
 
 
-def test_has_no_gradient() -> None:
-    arguments = make(Case(1, 8, 2, 2, 16))
-    arguments["x"].requires_grad_()
-    y = dynamic_pointwise_conv(**arguments)
-    with pytest.raises(NotImplementedError, match="has no gradient"):
+@pytest.mark.parametrize(
+    ("epilogue", "message"), [({}, "no gradient on the CPU"), ({"activation": "relu"}, "with an epilogue")]
+)
+def test_has_no_gradient(epilogue: dict[str, Any], message: str) -> None:
+    x, panels = torch.randn(1, 8, 2, 2, requires_grad=True), pack_pointwise_weight(torch.randn(16, 8, 1, 1))
+    y = dynamic_pointwise_conv(x, panels, out_channels=16, **epilogue)
+    with pytest.raises(NotImplementedError, match=message):
         y.sum().backward()
+
+
+def test_moments_need_a_gpu() -> None:
+    panels = pack_pointwise_weight(torch.randn(16, 8, 1, 1))
+    with pytest.raises(NotImplementedError, match=r"moments: expected a CUDA tensor for x, got one on cpu"):
+        dynamic_pointwise_conv_moments(torch.randn(1, 8, 2, 2), panels, out_channels=16)
+    with pytest.raises(InputError, match="expected at least one image for x"):
+        dynamic_pointwise_conv_moments(torch.randn(0, 8, 2, 2), panels, out_channels=16)
 
 
 def test_opcheck() -> None:

@@ -30,6 +30,7 @@ struct ConvolveParams {
 struct StripPosition {
   bool active;
   int pair;              // within the block
+  int slot;              // of its taps
   std::int64_t channel;  // of the pair's first channel
   PairAccess access;
   std::int64_t image;
@@ -37,11 +38,18 @@ struct StripPosition {
   int first_column;        // of the output
 };
 
+// Shared memory serves 8-byte reads half a warp at a time. Where strips meet in the middle of one, its lanes
+// would start again at pair 0, in banks that are taken; so the first pairs are stored once more behind the
+// last, and every half warp reads kHalfWarp neighbouring slots.
+constexpr int kHalfWarp = 16;
+constexpr int kTapSlots = kMaxPairs + kHalfWarp;
+
 PFNAS_DEVICE StripPosition locate_strip(const ConvolveParams& p) {
   StripPosition at;
   const int thread = static_cast<int>(threadIdx.x);
   const int strip_in_block = thread / p.plan.pairs;
   at.pair = thread - strip_in_block * p.plan.pairs;
+  at.slot = thread / kHalfWarp * kHalfWarp % p.plan.pairs + thread % kHalfWarp;
   at.channel = 2 * (static_cast<std::int64_t>(blockIdx.y) * p.plan.pairs + at.pair);
   at.access = {p.channels % 2 == 0, at.channel + 1 < p.channels};
   const std::int64_t strip = static_cast<std::int64_t>(blockIdx.x) * p.plan.strips + strip_in_block;
@@ -56,13 +64,14 @@ PFNAS_DEVICE StripPosition locate_strip(const ConvolveParams& p) {
 }
 
 template <int kTaps>
-PFNAS_DEVICE void load_taps(const ConvolveParams& p, float2 (&taps)[kTaps][kMaxPairs]) {
+PFNAS_DEVICE void load_taps(const ConvolveParams& p, float2 (&taps)[kTaps][kTapSlots]) {
   const int first = static_cast<int>(blockIdx.y) * p.plan.pairs;
-  for (int i = static_cast<int>(threadIdx.x); i < kTaps * p.plan.pairs; i += static_cast<int>(blockDim.x)) {
-    const int tap = i / p.plan.pairs, pair = i - tap * p.plan.pairs;
-    if (2 * (first + pair) < p.row) {
-      taps[tap][pair] =
-          load_vector<float2>(p.taps + static_cast<std::int64_t>(tap) * p.row + 2 * (first + pair));
+  for (int i = static_cast<int>(threadIdx.x); i < kTaps * kTapSlots; i += static_cast<int>(blockDim.x)) {
+    const int tap = i / kTapSlots, slot = i - tap * kTapSlots;
+    const int channel = 2 * (first + slot % p.plan.pairs);
+    if (slot < p.plan.pairs + kHalfWarp - 1 && channel < p.row) {
+      const float* source = p.taps + static_cast<std::int64_t>(tap) * p.row + channel;
+      store_vector(&taps[tap][slot], load_vector<float2>(source));
     }
   }
 }
@@ -98,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 2) convolve(ConvolveParams p) {
   constexpr int kHalf = kK / 2;
   constexpr int kColumns = kS * (kStrip - 1) + kK;
   constexpr int kPending = (kK + kS - 1) / kS;
-  PFNAS_SHARED(float2, taps, [kK * kK][kMaxPairs]);
+  PFNAS_SHARED(float2, taps, [kK * kK][kTapSlots]);
   load_taps(p, taps);
   __syncthreads();
   const StripPosition at = locate_strip(p);
@@ -136,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, 2) convolve(ConvolveParams p) {
         if (j > q || q - j >= rows) continue;  // belongs to another band
         PFNAS_UNROLL_LOOP
         for (int s = 0; s < kK; ++s) {
-          const float2 tap = taps[(kS * j + e) * kK + s][at.pair];
+          const auto tap = load_vector<float2>(&taps[(kS * j + e) * kK + s][at.slot]);
           PFNAS_UNROLL_LOOP
           for (int i = 0; i < kStrip; ++i) sums[j][i] = multiply_add(x[kS * i + s], tap, sums[j][i]);
         }
@@ -159,7 +168,7 @@ template <class T, int kK>
 __global__ void __launch_bounds__(kThreads, 2) convolve_transposed(ConvolveParams p) {
   constexpr int kHalf = kK / 2;
   constexpr int kColumns = (kStrip - 1 + kHalf) / 2 + kHalf / 2 + 1;
-  PFNAS_SHARED(float2, taps, [kK * kK][kMaxPairs]);
+  PFNAS_SHARED(float2, taps, [kK * kK][kTapSlots]);
   load_taps(p, taps);
   __syncthreads();
   const StripPosition at = locate_strip(p);
@@ -183,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 2) convolve_transposed(ConvolveParam
       for (int r = 0; r < kK; ++r) {
         PFNAS_UNROLL_LOOP
         for (int s = 0; s < kK; ++s) {
-          const float2 tap = taps[r * kK + s][at.pair];
+          const auto tap = load_vector<float2>(&taps[r * kK + s][at.slot]);
           PFNAS_UNROLL_LOOP
           for (int i = 0; i < kStrip; ++i) {
             const int twice_column = i + kHalf + 2 * (kHalf / 2) - s;  // relative to first_in_column

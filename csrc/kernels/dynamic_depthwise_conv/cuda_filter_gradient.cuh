@@ -42,7 +42,7 @@ PFNAS_DEVICE void add_filter_row(const FilterGradientParams& p, const T* x, cons
 
 template <class T, int kK, int kS>
 __global__ void __launch_bounds__(kThreads, 2) filter_gradient(FilterGradientParams p) {
-  PFNAS_SHARED(float2, group_sums, [kThreads * kK]);  // [groups][k^2][pairs]
+  PFNAS_SHARED(float2, group_sums, [kThreads * kK]);  // [kK taps of a row][thread]
   const int thread = static_cast<int>(threadIdx.x);
   const int pair = thread % p.plan.pairs;
   const int r = thread / p.plan.pairs % kK;
@@ -68,17 +68,20 @@ __global__ void __launch_bounds__(kThreads, 2) filter_gradient(FilterGradientPar
       add_filter_row<T, kK, kS>(p, x, grad_y, in_row, out_row, access, sums);
     }
   }
+  const int threads = static_cast<int>(blockDim.x);
   PFNAS_UNROLL_LOOP
-  for (int s = 0; s < kK; ++s) group_sums[((group * kK + r) * kK + s) * p.plan.pairs + pair] = sums[s];
+  for (int s = 0; s < kK; ++s) store_vector(&group_sums[s * threads + thread], sums[s]);
   __syncthreads();
-  const int items = kK * kK * p.plan.pairs;
+  const int row_items = kK * p.plan.pairs;  // of one s and one group: [r][pairs]
   float* partial = p.partial + static_cast<std::int64_t>(blockIdx.x) * kK * kK * p.row;
-  for (int i = thread; i < items; i += static_cast<int>(blockDim.x)) {
-    const int tap = i / p.plan.pairs;
-    const std::int64_t target = 2 * (first_pair + i - tap * p.plan.pairs);
+  for (int i = thread; i < kK * row_items; i += threads) {
+    const int s = i / row_items, item = i - s * row_items;
+    const int tap = item / p.plan.pairs * kK + s;
+    const std::int64_t target = 2 * (first_pair + item % p.plan.pairs);
     if (target >= p.row) continue;
-    float2 sum = group_sums[i];
-    for (int g = 1; g < p.plan.groups; ++g) sum = add(sum, group_sums[g * items + i]);
+    const float2* source = &group_sums[s * threads + item];
+    float2 sum = load_vector<float2>(source);
+    for (int g = 1; g < p.plan.groups; ++g) sum = add(sum, load_vector<float2>(source + g * row_items));
     store_vector(partial + static_cast<std::int64_t>(tap) * p.row + target, sum);
   }
 }

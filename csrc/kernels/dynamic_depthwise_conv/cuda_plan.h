@@ -16,8 +16,6 @@ constexpr int kFilterStrip = 8;  // columns per step of the filter gradient
 constexpr int kMaxFilterPairs = 32;
 constexpr int kTargetBlocks = 512;  // about two waves of a large GPU
 
-constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 // The cut of a convolution: a block has `pairs` channel pairs of `strips` strips; a strip is kStrip columns
 // of a band of `band_rows` rows, which a thread walks down.
 struct ConvolvePlan {

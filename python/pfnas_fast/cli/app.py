@@ -266,6 +266,26 @@ def checks() -> None:
     print_system(system_report())
 
 
+@app.command()
+def selftest(
+    device: Annotated[str, typer.Option("--device", help="cuda, cuda:1 or cpu.")] = "cuda",
+) -> None:
+    """Compare every compiled op with its float64 twin on this machine: one verdict per op."""
+    from pfnas_fast.selftest import selftest as run_selftest
+
+    verdicts = run_selftest(device)
+    for verdict in verdicts:
+        state = "ok" if verdict.ok else f"WRONG: {verdict.message}"
+        console.print(
+            f"{verdict.op:<24} {verdict.dtype:<9} {verdict.cases:>3} cases  "
+            f"error {verdict.worst:.2f} of what rounding allows  {state}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if not all(verdict.ok for verdict in verdicts):
+        raise typer.Exit(1)
+
+
 def _configure(
     out: FilePath,
     recipe: str,

@@ -4,7 +4,11 @@
 from pfnas_fast.ops import reference
 from pfnas_fast.ops._memory import pooled_bytes, release_memory
 from pfnas_fast.ops.dynamic_depthwise_conv import dynamic_depthwise_conv
-from pfnas_fast.ops.dynamic_pointwise_conv import dynamic_pointwise_conv, pack_pointwise_weight
+from pfnas_fast.ops.dynamic_pointwise_conv import (
+    dynamic_pointwise_conv,
+    dynamic_pointwise_conv_moments,
+    pack_pointwise_weight,
+)
 from pfnas_fast.ops.path_cost import CostTable, path_cost
 from pfnas_fast.ops.path_score import KernelTables, NetworkTables, PackedRanker, RankerTables, path_score
 from pfnas_fast.ops.path_search import BudgetRanker, Flood, SearchSpace
@@ -21,6 +25,7 @@ __all__ = [
     "SearchSpace",
     "dynamic_depthwise_conv",
     "dynamic_pointwise_conv",
+    "dynamic_pointwise_conv_moments",
     "pack_pointwise_weight",
     "path_cost",
     "path_score",

@@ -34,7 +34,7 @@ namespace cuda_emulator {
 // Tells the tracer about an access that a helper makes for its caller; `caller` is a return address.
 #ifdef CUDA_EMULATOR_TRACED
 void note_access(const void* address, int size, bool write, const void* caller);
-#define CUDA_EMULATOR_VECTOR_ACCESS __attribute__((noinline, no_sanitize("thread")))
+#define CUDA_EMULATOR_VECTOR_ACCESS __attribute__((noinline, weak, no_sanitize("thread")))
 #else
 inline void note_access(const void*, int, bool, const void*) {}
 #define CUDA_EMULATOR_VECTOR_ACCESS inline

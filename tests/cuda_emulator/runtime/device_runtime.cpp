@@ -8,6 +8,8 @@ namespace pfnas::cuda {
 
 int device_count() { return 1; }
 
+int compute_capability(int) { return cuda_emulator::options().compute_capability; }
+
 DeviceGuard::DeviceGuard(int device) {
   if (device != 0) throw cuda_emulator::Error("the emulator has one device");
 }

@@ -8,6 +8,7 @@
 
 #include "ptx_registry.h"
 #include "scheduler.h"
+#include "tracer.h"
 
 namespace py = pybind11;
 
@@ -41,9 +42,13 @@ py::dict statistics() {
 }  // namespace
 
 PYBIND11_MODULE(PFNAS_MODULE_NAME, m) {
-  py::register_exception<cuda_emulator::Error>(m, "EmulatorError", PyExc_RuntimeError);
+  py::register_local_exception<cuda_emulator::Error>(m, "EmulatorError", PyExc_RuntimeError);
   m.def("set_order", &set_order, py::arg("order"), py::arg("seed") = 1);
+  m.def("set_compute_capability", [](int value) { cuda_emulator::options().compute_capability = value; });
   m.def("statistics", &statistics);
+  m.def("trace_begin", &cuda_emulator::trace_begin);
+  m.def("trace_buffer", &cuda_emulator::trace_buffer, py::arg("name"), py::arg("address"), py::arg("size"));
+  m.def("trace_end", &cuda_emulator::trace_end);
   m.def("translated_kernels", &cuda_emulator::translated_kernels);
   m.def("instruction_counts", &cuda_emulator::instruction_counts);
   m.attr("cuda_built") = true;

@@ -273,10 +273,12 @@ void launch(Index3 grid, Index3 block, std::size_t dynamic_shared, const std::fu
         mmap(nullptr, kSharedCapacity, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   }
   m.grid = grid, m.block = block, m.dynamic_shared = dynamic_shared;
+  m.host_frame = __builtin_frame_address(0);
   m.error.clear();
   s.kernel = &kernel;
   s.random = (options().seed * 0x9E3779B97F4A7C15ull) | 1;
   s.free_stacks = s.all_stacks;
+  report(Progress::kLaunched);
   std::vector<std::uint32_t> blocks(grid.count());
   std::iota(blocks.begin(), blocks.end(), 0u);
   if (options().order == Order::kReverse) std::reverse(blocks.begin(), blocks.end());
@@ -377,11 +379,20 @@ std::string who(const Thread& thread) {
   return text + where(thread.place);
 }
 
-bool on_current_stack(std::uintptr_t address) {
-  const Thread* thread = machine().current;
-  if (thread == nullptr || thread->stack == nullptr) return false;
-  const auto bottom = reinterpret_cast<std::uintptr_t>(thread->stack);
-  return address >= bottom && address < bottom + kGuardSize + kStackSize;
+bool is_private_memory(std::uintptr_t address) {
+  const Machine& m = machine();
+  const auto within = [&](const void* first, std::size_t size) {
+    const auto begin = reinterpret_cast<std::uintptr_t>(first);
+    return address >= begin && address < begin + size;
+  };
+  constexpr std::size_t kHostFrames = 64 << 10;
+  if (within(&m, sizeof m) || within(m.threads.data(), m.threads.size() * sizeof(Thread))) return true;
+  if (within(m.current->stack, kGuardSize + kStackSize) || within(m.arguments, m.arguments_size)) return true;
+  if (within(m.host_frame, kHostFrames)) return true;
+  for (const char* stack : scheduler().all_stacks) {  // a collective reads its neighbours' variables
+    if (within(stack, kGuardSize + kStackSize)) return true;
+  }
+  return false;
 }
 
 }  // namespace cuda_emulator

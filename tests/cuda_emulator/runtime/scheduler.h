@@ -42,6 +42,7 @@ enum class Order : int { kForward, kReverse, kRandom };
 struct Options {
   Order order = Order::kForward;  // of threads and blocks
   std::uint64_t seed = 1;
+  int compute_capability = 80;  // that the emulated device reports
 };
 Options& options();
 
@@ -101,6 +102,7 @@ struct Machine {
   std::vector<SharedArray> shared_arrays;
   const void* arguments = nullptr;  // of the kernel: readable by all threads
   std::size_t arguments_size = 0;
+  const void* host_frame = nullptr;  // of the launch: what its caller's variables lie above
   std::string error;
 };
 extern Machine machine_state;
@@ -125,11 +127,11 @@ void wait_at_collective(const Collective& collective, std::source_location place
 std::string where(const std::source_location& place);  // file:line
 std::string who(const Thread& thread);                 // block, thread, file:line
 
-// Whether an address lies on the stack of the running fiber.
-bool on_current_stack(std::uintptr_t address);
+// Whether an address lies where a thread's own variables and the emulator's state live: no memory of the GPU.
+bool is_private_memory(std::uintptr_t address);
 
 // The tracer's view of progress; empty functions where no tracer is linked.
-enum class Progress { kBlockStarted, kBarrierPassed, kBlockFinished };
+enum class Progress { kLaunched, kBlockStarted, kBarrierPassed, kBlockFinished };
 using ProgressHook = void (*)(Progress);
 void set_progress_hook(ProgressHook hook);
 

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the compiled ops on this machine's own device and compares them with their float64 twins.
+
+For those who have a GPU: the CUDA kernels are proven on a CPU emulator, so this is the first thing to run.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pfnas_fast.errors import InputError
+from pfnas_fast.ops import (
+    dynamic_depthwise_conv,
+    dynamic_pointwise_conv,
+    pack_pointwise_weight,
+    reference,
+)
+from pfnas_fast.ops._library import _C
+
+__all__ = ["Verdict", "selftest"]
+
+_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+_MAPS = ((1, 1, 1, 1), (2, 24, 28, 28), (3, 17, 9, 5), (2, 72, 20, 20), (1, 240, 14, 14))  # N, C, H, W
+_WIDTHS = ((1, 1, 1, 1, 1), (2, 24, 28, 28, 96), (1, 40, 9, 5, 97), (2, 112, 14, 14, 672))  # and O
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one op did in one storage type.
+
+    Attributes:
+        op: Name of the op.
+        dtype: Storage type.
+        cases: Calls compared.
+        worst: Largest error over the error that rounding allows; at most 1 is right, NaN or more is wrong.
+        message: First thing that went wrong, empty where nothing did.
+    """
+
+    op: str
+    dtype: str
+    cases: int
+    worst: float
+    message: str
+
+    @property
+    def ok(self) -> bool:
+        """True where every result is within rounding of its twin."""
+        return not self.message and self.worst <= 1
+
+
+def selftest(device: str = "cuda") -> tuple[Verdict, ...]:
+    """Compare every op with its float64 twin: values and gradients, in every storage type of the device.
+
+    Args:
+        device: ``"cuda"``, ``"cuda:1"`` or ``"cpu"``.
+
+    Returns:
+        One verdict per op and storage type.
+
+    Raises:
+        InputError: An unknown device, a build without CUDA kernels, or no CUDA device (a ValueError).
+
+    Example:
+        >>> from pfnas_fast.selftest import selftest
+        >>> all(verdict.ok for verdict in selftest("cpu"))
+        True
+    """
+    kind = device.partition(":")[0]
+    if kind not in _DTYPES:
+        raise InputError(f"selftest: expected cpu or cuda for device, got {device!r}")
+    if kind == "cuda" and not _C.cuda_built:
+        raise InputError(
+            "selftest: expected a build with CUDA kernels for device 'cuda', got one for the CPU only;"
+            " reinstall with -C cmake.define.PFNAS_CUDA=ON"
+        )
+    if kind == "cuda" and _C.cuda_device_count() == 0:
+        raise InputError("selftest: expected a CUDA device for device 'cuda', got none (no driver or no GPU)")
+    suites = {"dynamic_depthwise_conv": _depthwise, "dynamic_pointwise_conv": _pointwise}
+    return tuple(
+        _judge(op, dtype, cases(torch.device(device), dtype))
+        for op, cases in suites.items()
+        for dtype in _DTYPES[kind]
+    )
+
+
+Case = Callable[[], list[tuple[str, Tensor, Tensor, int]]]
+"""Runs one call; returns name, result, float64 expectation and length of the sums for each result."""
+
+
+def _judge(op: str, dtype: torch.dtype, cases: Iterator[Case]) -> Verdict:
+    worst, count, message = 0.0, 0, ""
+    for case in cases:
+        count += 1
+        try:
+            for name, actual, expected, length in case():
+                error = _relative_error(actual, expected, length)
+                if not error <= 1 and not message:
+                    message = f"case {count}: {name} is {error:.1f} times as far off as rounding allows"
+                worst = error if not error <= worst else worst
+        except RuntimeError as error:  # a launch that failed: the device takes no more work
+            message = message or f"case {count}: {error}"
+            break
+    return Verdict(op, str(dtype).removeprefix("torch."), count, worst, message)
+
+
+def _relative_error(actual: Tensor, expected: Tensor, length: int) -> float:
+    """Largest error over the allowed one: a float32 sum of `length` terms, rounded once when stored."""
+    if expected.numel() == 0:
+        return 0.0
+    stored = actual.dtype
+    actual, expected = actual.detach().double().cpu(), expected.detach().cpu()
+    eps = torch.finfo(torch.float32).eps
+    allowed = 4 * eps * (1 + length**0.5 / 4) * expected.abs().max() + 2.0**-25
+    if stored != torch.float32:
+        allowed = allowed + torch.finfo(stored).eps / 2 * expected.abs()
+    return float(((actual - expected).abs() / allowed).max())
+
+
+def _generator(*sizes: int) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(repr(sizes).encode()))
+
+
+def _depthwise(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    for n, c, h, w in _MAPS:
+        for kernel_size in (3, 5, 7):
+            for stride in (1, 2):
+
+                def case(sizes: tuple[int, ...] = (n, c, h, w), k: int = kernel_size, s: int = stride) -> Any:
+                    return _depthwise_call(device, dtype, sizes, k, s)
+
+                yield case
+
+
+def _depthwise_call(
+    device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], kernel_size: int, stride: int
+) -> list[tuple[str, Tensor, Tensor, int]]:
+    g = _generator(*sizes, kernel_size, stride)
+    n, c = sizes[:2]
+    given = (
+        torch.randn(sizes, generator=g),
+        torch.randn(c + 3, 1, 7, 7, generator=g),
+        torch.eye(25) + torch.randn(25, 25, generator=g) / 25,
+        torch.eye(9) + torch.randn(9, 9, generator=g) / 9,
+    )
+    ours = [t.to(device, dtype).detach().requires_grad_() for t in given]
+    wide = [t.to(dtype).double().detach().requires_grad_() for t in given]
+    y = dynamic_depthwise_conv(*ours, kernel_size=kernel_size, stride=stride)
+    expected = reference.dynamic_depthwise_conv(*wide, kernel_size=kernel_size, stride=stride)
+    grad_y = torch.randn(expected.shape, generator=g).to(dtype)
+    y.backward(grad_y.to(device))
+    expected.backward(grad_y.double())
+    pixels = n * expected.shape[2] * expected.shape[3]
+    lengths = (kernel_size**2 + 25, pixels + 25, pixels * c + 25, pixels * c + 25)
+    results = [("y", y, expected, kernel_size**2 + 25)]
+    for name, a, b, length in zip(("x", "weight", "matrix_5", "matrix_3"), ours, wide, lengths, strict=True):
+        if a.grad is not None and b.grad is not None:
+            results.append((f"gradient of {name}", a.grad, b.grad, length))
+    return results
+
+
+def _pointwise(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    for n, c, h, w, out in _WIDTHS:
+        for activation in (None, "relu", "hswish"):
+
+            def case(sizes: tuple[int, ...] = (n, c, h, w, out), act: str | None = activation) -> Any:
+                return _pointwise_call(device, dtype, sizes, act)
+
+            yield case
+
+
+def _pointwise_call(
+    device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], activation: str | None
+) -> list[tuple[str, Tensor, Tensor, int]]:
+    g = _generator(*sizes)
+    n, c, h, w, out = sizes
+    stored = {
+        "x": torch.randn(n, c, h, w, generator=g),
+        "panels": pack_pointwise_weight(torch.randn(out + 5, c + 3, 1, 1, generator=g) / c**0.5),
+        "residual": torch.randn(n, out, h, w, generator=g),
+    }
+    single = {"scale": torch.rand(out, generator=g) + 0.5, "shift": torch.randn(out, generator=g)}
+    ours = {name: t.to(device, dtype) for name, t in stored.items()}
+    ours |= {name: t.to(device) for name, t in single.items()}
+    wide = {name: t.to(dtype).double() for name, t in stored.items()}
+    wide |= {name: t.double() for name, t in single.items()}
+    options: dict[str, Any] = {"out_channels": out, "activation": activation}
+    y = dynamic_pointwise_conv(**ours, **options)
+    return [("y", y, reference.dynamic_pointwise_conv(**wide, **options), c + 3)]

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What nvcc makes of the kernels: PTX to translate, and the resources that ptxas reports."""
+
+import hashlib
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from emulator_build import CSRC, OBJECTS, RUNTIME, _digest, compile_object
+from ptx_translator import translate
+
+FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{CSRC}")
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one kernel on one architecture."""
+
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+    stack_bytes: int
+
+
+def _cached(source: Path, arguments: tuple[str, ...], suffix: str) -> tuple[Path, bool]:
+    key = hashlib.sha256("\0".join([*arguments, str(source), _digest(source)]).encode()).hexdigest()[:20]
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    target = OBJECTS / f"{source.stem}-{key}{suffix}"
+    return target, target.exists()
+
+
+def compile_ptx(source: Path, architecture: int) -> Path:
+    """The PTX that nvcc emits for one architecture."""
+    arguments = ("nvcc", *FLAGS, f"-I{source.parent}", f"-arch=compute_{architecture}", "-ptx")
+    target, exists = _cached(source, arguments, f".sm_{architecture}.ptx")
+    if not exists:
+        unfinished = target.with_suffix(f".{os.getpid()}.ptx")
+        subprocess.run([*arguments, str(source), "-o", str(unfinished)], check=True)
+        unfinished.replace(target)
+    return target
+
+
+def translated_object(source: Path, architecture: int, pattern: str = "") -> Path:
+    """Objects with the kernels of a file, from PTX: nvcc, translator, then g++."""
+    ptx = compile_ptx(source, architecture)
+    text = translate(ptx.read_text(), pattern)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:20]
+    translated = OBJECTS / f"{source.stem}-{digest}.sm_{architecture}.translated.cpp"
+    if not translated.exists():
+        translated.write_text(text)
+    return compile_object(
+        translated, ("-O1", "-Wno-unused-label", "-Wno-unused-but-set-variable", f"-I{RUNTIME}")
+    )
+
+
+@cache
+def resources(source: Path, architecture: int) -> dict[str, Resources]:
+    """Registers, shared memory and spills of every kernel of a file, by mangled name."""
+    arguments = (
+        "nvcc",
+        *FLAGS,
+        f"-I{source.parent}",
+        f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+        "-cubin",
+        "-Xptxas=-v",
+    )
+    target, exists = _cached(source, arguments, f".sm_{architecture}.log")
+    if not exists:
+        cubin = target.with_suffix(f".{os.getpid()}.cubin")
+        done = subprocess.run(
+            [*arguments, str(source), "-o", str(cubin)], check=True, capture_output=True, text=True
+        )
+        target.write_text(done.stderr)
+        cubin.replace(target.with_suffix(".cubin"))
+    found = {}
+    entry = re.compile(
+        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores,"
+        r" (\d+) bytes spill loads"
+        r".*?Used (\d+) registers([^\n]*)",
+        flags=re.DOTALL,
+    )
+    for name, stack, stores, loads, registers, rest in entry.findall(target.read_text()):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        shared_bytes = int(shared[1]) if shared else 0
+        found[name] = Resources(int(registers), shared_bytes, int(stores) + int(loads), int(stack))
+    return found
