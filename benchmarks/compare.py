@@ -19,6 +19,7 @@ SUITES = {
     "path_filter": "suite_path_filter",
     "path_switch": "suite_path_switch",
     "pointwise": "suite_pointwise",
+    "recalibration": "suite_recalibration",
     "sampling": "suite_sampling",
     "search": "suite_search",
 }

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pfnas_fast.detection import DetectionSupernet
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import load_space, uniform_population
 from pfnas_fast.supernet import (
@@ -18,6 +19,7 @@ from pfnas_fast.supernet import (
     ClassificationSupernet,
     DynamicBatchNorm2d,
     recalibrate,
+    recalibrate_paths,
     set_running_statistics,
     use_statistics,
 )
@@ -240,3 +242,55 @@ def test_set_running_statistics_writes_the_active_slices(net, batches) -> None:
         plain = net.eval()(batches[0])
         with use_statistics(net, recalibrate(net, path, batches)):
             torch.testing.assert_close(net(batches[0], path), plain)
+
+
+@pytest.mark.parametrize("kind", [ClassificationSupernet, DetectionSupernet])
+def test_backends_measure_the_same(kind: Any) -> None:
+    nets = []
+    for backend in ("reference", "fast"):
+        torch.manual_seed(0)
+        nets.append(kind(load_space("tiny"), num_classes=4, backend=backend))
+    reference, fast = nets
+    batches = [torch.randn(n, 3, 40, 56) * scale + 1 for n, scale in ((3, 1), (2, 0.5))]
+    for path in reference.space.decode(uniform_population(reference.space, np.random.default_rng(1), 5)):
+        before = snapshot(fast)
+        expected, actual = recalibrate(reference, path, batches), recalibrate(fast, path, batches)
+        assert_same(before, snapshot(fast))
+        assert actual.layers.keys() == expected.layers.keys()
+        for name, (mean, var) in expected.layers.items():
+            scale = float(var.max().sqrt())
+            torch.testing.assert_close(actual.layers[name][0], mean, rtol=0, atol=1e-4 * scale, msg=name)
+            torch.testing.assert_close(actual.layers[name][1], var, rtol=0, atol=1e-4 * scale**2, msg=name)
+
+
+def test_one_op_per_block_only_while_nothing_looks_inside(batches, monkeypatch) -> None:
+    net = ClassificationSupernet(load_space("tiny"), num_classes=4, backend="fast")
+    block, calls = net.backbone.blocks[0], []
+    run = block._train
+    monkeypatch.setattr(block, "_train", lambda *args: calls.append(1) or run(*args))
+    recalibrate(net, net.space.min_path(), batches)
+    assert len(calls) == len(batches)
+    handle = block.depth_conv.register_forward_hook(lambda *_: None)
+    recalibrate(net, net.space.min_path(), batches)
+    assert len(calls) == len(batches)
+    handle.remove()
+
+
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_several_paths_in_one_pass(batches, backend: str) -> None:
+    net = ClassificationSupernet(load_space("tiny"), num_classes=4, backend=backend)
+    paths = [net.space.min_path(), net.space.max_path()]
+    together = recalibrate_paths(net, paths, iter(batches))  # a loader can be read once only
+    for path, statistics in zip(paths, together, strict=True):
+        alone = recalibrate(net, path, batches)
+        assert statistics.layers.keys() == alone.layers.keys()
+        for name, (mean, var) in alone.layers.items():
+            assert torch.equal(statistics.layers[name][0], mean)
+            assert torch.equal(statistics.layers[name][1], var)
+
+
+@pytest.mark.parametrize("backend", ["reference", "fast"])
+def test_one_value_per_channel_is_refused(backend: str) -> None:
+    net = ClassificationSupernet(load_space("tiny"), num_classes=4, backend=backend)
+    with pytest.raises(InputError, match="more than one value per channel"):
+        recalibrate(net, net.space.min_path(), [torch.zeros(1, 3, 2, 2)])

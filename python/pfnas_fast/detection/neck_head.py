@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from pfnas_fast.detection.grid import PointGrid, make_grid
 from pfnas_fast.detection.output import DetectorOutput
-from pfnas_fast.supernet.fused import load_train_op, move_running_statistics, trains_fused
+from pfnas_fast.supernet.fused import hand_over_moments, load_train_op, trains_fused
 from pfnas_fast.supernet.layers import DynamicBatchNorm2d, DynamicDepthwiseConv2d, activate, init_conv_
 
 CLASS_PRIOR = (
@@ -113,7 +113,7 @@ class SeparableConv(nn.Module):
             activations=(None, None, "hswish"),
             eps=(0.0, 0.0, norm.eps),
         )
-        move_running_statistics((norm,), (channels,), moments[:, 2 * channels :])
+        hand_over_moments((norm,), (channels,), moments[:, 2 * channels :], x, y)
         return y
 
 

@@ -17,6 +17,7 @@ from pfnas_fast.supernet.prepared import PreparedSubnet
 from pfnas_fast.supernet.recalibration import (
     BNStatistics,
     recalibrate,
+    recalibrate_paths,
     set_running_statistics,
     use_statistics,
     write_running_statistics,
@@ -40,6 +41,7 @@ __all__ = [
     "copy_active_weights",
     "load_ofa_weights",
     "recalibrate",
+    "recalibrate_paths",
     "reorganize_middle_weights",
     "set_running_statistics",
     "use_statistics",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import Path, Space, StaticBlockSpec
-from pfnas_fast.supernet.fused import load_train_op, move_running_statistics, trains_fused
+from pfnas_fast.supernet.fused import hand_over_moments, load_train_op, trains_fused
 from pfnas_fast.supernet.layers import DynamicBatchNorm2d, DynamicMBConv, activate, check_backend, init_conv_
 
 
@@ -99,7 +99,7 @@ class StaticBlock(nn.Module):
             activations=(None, depth.activation, project.activation),
             eps=(0.0, depth.bn.eps, project.bn.eps),
         )
-        move_running_statistics((depth.bn, project.bn), (channels, out_channels), moments[:, channels:])
+        hand_over_moments((depth.bn, project.bn), (channels, out_channels), moments[:, channels:], x, y)
         return y
 
 

@@ -53,7 +53,7 @@ class ClassificationSupernet(PreparableMixin[Tensor], ActiveSubnetMixin):
         num_classes: Number of classes, >= 1.
         backend: ``"reference"`` (pure PyTorch) or ``"fast"``, as for `DetectionSupernet`: in eval mode without
             gradients, whole paths run as compiled subnets (`prepare`), in float32 on the CPU; nets and images
-            of other types go through the layers.
+            of other types go through the layers, which name what they do not support.
 
     Raises:
         InputError: unknown backend or no class.

@@ -1,12 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When blocks of ``backend="fast"`` train through one op, and what the op leaves to its caller."""
+"""When blocks of ``backend="fast"`` run as one op with the moments of their batch, to train or to recalibrate,
+and what the op leaves to its caller."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+class MomentsCollector:
+    """A `DynamicBatchNorm2d.collector` that can do without the tensor: it is told the batch's moments."""
+
+    def take(self, count: int, mean: Tensor, unbiased_var: Tensor) -> None:
+        """Moments of one batch: values per channel, and float32 [C] each."""
+        raise NotImplementedError
 
 
 def load_train_op(backend: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
@@ -21,9 +31,9 @@ def load_train_op(backend: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
 def trains_fused(x: Tensor, block: nn.Module, norms: Sequence[nn.BatchNorm2d]) -> bool:
     """Whether a block on the CPU normalises with the moments of this batch and nothing looks inside.
 
-    False on other devices, in evaluation, for frozen normalisation (layers in evaluation mode inside a
-    training net), while `recalibrate` measures, while fixed statistics are in use, and with hooks on a layer
-    of the block: then the layers run one by one.
+    That is so in training, and while `recalibrate` measures. False on other devices, in evaluation, for
+    frozen normalisation (layers in evaluation mode inside a training net), while fixed statistics are in use,
+    and with hooks on a layer of the block: then the layers run one by one.
 
     Args:
         x: The block's input.
@@ -32,18 +42,50 @@ def trains_fused(x: Tensor, block: nn.Module, norms: Sequence[nn.BatchNorm2d]) -
     """
     if x.device.type != "cpu":
         return False
-    for norm in norms:
-        if not norm.training:
+    if _measures(norms):
+        least_pixels = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
+        if x.dtype != torch.float32 or x.requires_grad or least_pixels < 2:
             return False
-        if getattr(norm, "collector", None) is not None or getattr(norm, "statistics", None) is not None:
-            return False
+    elif any(
+        not norm.training
+        or getattr(norm, "collector", None) is not None
+        or getattr(norm, "statistics", None) is not None
+        for norm in norms
+    ):
+        return False
     return not any(_is_hooked(layer) for layer in block.modules() if layer is not block)
+
+
+def _measures(norms: Sequence[nn.BatchNorm2d]) -> bool:
+    return all(isinstance(getattr(norm, "collector", None), MomentsCollector) for norm in norms)
 
 
 def _is_hooked(layer: nn.Module) -> bool:
     return bool(
         layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     )
+
+
+def hand_over_moments(
+    norms: Sequence[nn.BatchNorm2d], widths: Sequence[int], moments: Tensor, x: Tensor, y: Tensor
+) -> None:
+    """Give a batch's moments to whom they are for: the running statistics, or `recalibrate`.
+
+    Args:
+        norms: As in `move_running_statistics`, the first three of a block with expansion or the last ones.
+        widths: Active channels of each layer.
+        moments: [2 or more, sum of the widths]: mean and unbiased variance.
+        x: The block's input; what is expanded has its pixels.
+        y: The block's output; everything else has its pixels.
+    """
+    if not _measures(norms):
+        move_running_statistics(norms, widths, moments)
+        return
+    means, variances = moments[0].split(list(widths)), moments[1].split(list(widths))
+    for index, norm in enumerate(norms):
+        like = x if index == len(norms) - 3 else y
+        collector: Any = getattr(norm, "collector", None)
+        collector.take(like.shape[0] * like.shape[2] * like.shape[3], means[index], variances[index])
 
 
 def move_running_statistics(norms: Sequence[nn.BatchNorm2d], widths: Sequence[int], moments: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import BlockSpec, se_channels
-from pfnas_fast.supernet.fused import load_train_op, move_running_statistics, trains_fused
+from pfnas_fast.supernet.fused import hand_over_moments, load_train_op, trains_fused
 
 BACKENDS = ("reference", "fast")
 
@@ -404,5 +404,5 @@ class DynamicMBConv(nn.Module):
             activations=(block.activation, block.activation, None),
             eps=[norm.eps for norm in norms],
         )
-        move_running_statistics(norms, (mid_channels, mid_channels, block.out_channels), moments)
+        hand_over_moments(norms, (mid_channels, mid_channels, block.out_channels), moments, x, y)
         return y

@@ -14,7 +14,7 @@ here also holds the variance of their means.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import Path
+from pfnas_fast.supernet.fused import MomentsCollector
 from pfnas_fast.supernet.layers import DynamicBatchNorm2d
 
 
@@ -100,8 +101,11 @@ class _Pool:
         return self.mean.float(), (self.deviation / self.count).float()
 
 
-class _Collector:
-    """Stands in for `DynamicBatchNorm2d.forward`: normalises with the batch's statistics and pools them."""
+class _Collector(MomentsCollector):
+    """Stands in for `DynamicBatchNorm2d.forward`: normalises with the batch's statistics and pools them.
+
+    Blocks that run as one op normalise by themselves and only report their moments (`take`).
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -119,10 +123,13 @@ class _Collector:
         mean, var = x.new_zeros(channels), x.new_zeros(channels)
         weight, bias = layer.active_affine(channels)
         y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, layer.eps)
+        self.take(count, mean, var)
+        return y
+
+    def take(self, count: int, mean: Tensor, unbiased_var: Tensor) -> None:
         if self.pool is None:
             self.pool = _Pool()
-        self.pool.add(count, mean, var)
-        return y
+        self.pool.add(count, mean, unbiased_var)
 
 
 def dynamic_norms(model: nn.Module) -> dict[str, DynamicBatchNorm2d]:
@@ -176,25 +183,62 @@ def recalibrate(
         >>> with use_statistics(backbone, statistics):
         ...     features = backbone(torch.rand(1, 3, 96, 128), path)
     """
+    (statistics,) = recalibrate_paths(model, (path,), batches, forward=forward)
+    return statistics
+
+
+def recalibrate_paths(
+    model: nn.Module,
+    paths: Sequence[Path | None],
+    batches: Iterable[Tensor],
+    *,
+    forward: Callable[[Tensor], Any] | None = None,
+) -> list[BNStatistics]:
+    """As `recalibrate`, for several paths in one pass over the batches: each is loaded once.
+
+    Args:
+        model: See `recalibrate`.
+        paths: The paths; all see the same images, so they should be of one resolution.
+        batches: See `recalibrate`.
+        forward: See `recalibrate`; it runs once per path.
+
+    Returns:
+        Statistics of each path, the same bits as `recalibrate` gives.
+
+    Raises:
+        InputError: as `recalibrate`.
+
+    Example:
+        >>> from pfnas_fast.space import load_space
+        >>> from pfnas_fast.supernet import Backbone
+        >>> space = load_space("tiny")
+        >>> images = [torch.rand(4, 3, 96, 128)]
+        >>> len(recalibrate_paths(Backbone(space), [space.min_path(), space.max_path()], images))
+        2
+    """
     norms = dynamic_norms(model)
     if not norms:
         raise InputError(f"recalibrate: expected a model with DynamicBatchNorm2d, got {type(model).__name__}")
-    collectors = {name: _Collector(name) for name in norms}
+    collectors = [{name: _Collector(name) for name in norms} for _ in paths]
     previous = {name: norm.collector for name, norm in norms.items()}
     num_batches = 0
     with torch.no_grad(), _evaluation_mode(model):
         try:
-            for name, norm in norms.items():
-                norm.collector = collectors[name]
             for images in batches:
-                forward(images) if forward is not None else model(images, path)
                 num_batches += 1
+                for path, of_path in zip(paths, collectors, strict=True):
+                    for name, norm in norms.items():
+                        norm.collector = of_path[name]
+                    forward(images) if forward is not None else model(images, path)
         finally:
             for name, norm in norms.items():
                 norm.collector = previous[name]
     if num_batches == 0:
         raise InputError("recalibrate: expected at least one batch for batches, got none")
-    return BNStatistics({n: c.pool.result() for n, c in collectors.items() if c.pool is not None})
+    return [
+        BNStatistics({n: c.pool.result() for n, c in of_path.items() if c.pool is not None})
+        for of_path in collectors
+    ]
 
 
 @contextlib.contextmanager
