@@ -31,9 +31,9 @@ class DetectionSupernet(PreparableMixin[DetectorOutput], ActiveSubnetMixin):
     Args:
         space: The search space.
         num_classes: Number of classes, >= 1.
-        backend: ``"reference"`` (pure PyTorch) or ``"fast"`` (the ops of this package). In eval mode without
-            gradients, ``"fast"`` runs whole paths as compiled subnets (`prepare`), in float32 on the CPU; nets
-            and images of other types go through the layers, which name what they do not support.
+        backend: ``"reference"`` (pure PyTorch) or ``"fast"`` (the ops of this package). In eval mode and
+            without gradients, ``"fast"`` runs whole paths as compiled subnets (`prepare`), in float32 on the
+            CPU; nets and images of other types go through the layers, which name what they do not support.
 
     Attributes:
         cost: MACs, parameters and saved bytes of whole detectors of this space and number of classes.

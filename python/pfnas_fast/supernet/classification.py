@@ -51,9 +51,9 @@ class ClassificationSupernet(PreparableMixin[Tensor], ActiveSubnetMixin):
     Args:
         space: The search space; its square form (`Space.for_classification`) is used.
         num_classes: Number of classes, >= 1.
-        backend: ``"reference"`` (pure PyTorch) or ``"fast"``, as for `DetectionSupernet`: in eval mode without
-            gradients, whole paths run as compiled subnets (`prepare`), in float32 on the CPU; nets and images
-            of other types go through the layers, which name what they do not support.
+        backend: ``"reference"`` (pure PyTorch) or ``"fast"``, as for `DetectionSupernet`: in eval mode and
+            without gradients, whole paths run as compiled subnets (`prepare`), in float32 on the CPU; nets
+            and images of other types go through the layers, which name what they do not support.
 
     Raises:
         InputError: unknown backend or no class.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When blocks of ``backend="fast"`` run as one op with the moments of their batch, to train or to recalibrate,
-and what the op leaves to its caller."""
+"""When blocks of ``backend="fast"`` run as one op with the moments of their batch, in training and
+recalibration, and what the op leaves to its caller."""
 
 from __future__ import annotations
 
