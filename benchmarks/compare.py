@@ -13,15 +13,19 @@ import sys
 from harness import Effort, Row, compare, prepare_process
 
 SUITES = {
+    "blocks": "suite_blocks",
     "cost": "suite_cost",
     "depthwise": "suite_depthwise",
     "inference": "suite_inference",
+    "memory": "suite_memory",
     "path_filter": "suite_path_filter",
     "path_switch": "suite_path_switch",
     "pointwise": "suite_pointwise",
     "recalibration": "suite_recalibration",
     "sampling": "suite_sampling",
     "search": "suite_search",
+    "supernet_step": "suite_supernet_step",
+    "train_step": "suite_train_step",
 }
 
 
@@ -57,7 +61,8 @@ def main() -> int:
     for name, build in suite.comparisons():
         if arguments.filter not in name:
             continue
-        row = compare(build(), effort)
+        built = build()
+        row = built if isinstance(built, Row) else compare(built, effort)
         rows.append(row)
         if not arguments.json:
             print(

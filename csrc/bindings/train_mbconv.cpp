@@ -85,6 +85,7 @@ struct Sizes {
   bool residual;
   std::array<int, 3> activations;
   std::array<float, 3> eps;
+  bool keep;
 };
 
 void set_sizes(TrainMBConvParams& p, py::handle x, const Sizes& sizes) {
@@ -101,6 +102,7 @@ void set_sizes(TrainMBConvParams& p, py::handle x, const Sizes& sizes) {
   p.kernel_size = sizes.kernel_size;
   p.stride = sizes.stride;
   p.residual = sizes.residual;
+  p.keep = sizes.keep;
   p.out_height = (p.height + p.stride - 1) / p.stride;
   p.out_width = (p.width + p.stride - 1) / p.stride;
   for (std::size_t stage = 0; stage < 3; ++stage) {
@@ -153,9 +155,11 @@ void set_weights(TrainMBConvParams& p, const py::tuple& in) {
 void set_kept(TrainMBConvParams& p, const py::tuple& kept) {
   PFNAS_CHECK(kept.size() == kNumKept);
   const std::int64_t mid = blocks(p.mid_channels) * kBlock;
-  p.expanded = dense(kept[kExpanded], "expanded", mid * p.in_pixels());
-  p.depthwise = dense(kept[kDepthwise], "depthwise", mid * p.out_pixels());
-  p.projected = dense(kept[kProjected], "projected", blocks(p.out_channels) * kBlock * p.out_pixels());
+  if (p.keep) {
+    p.expanded = dense(kept[kExpanded], "expanded", mid * p.in_pixels());
+    p.depthwise = dense(kept[kDepthwise], "depthwise", mid * p.out_pixels());
+    p.projected = dense(kept[kProjected], "projected", blocks(p.out_channels) * kBlock * p.out_pixels());
+  }
   p.moments = dense(kept[kMoments], "moments", 3 * (2 * p.mid_channels + p.out_channels));
   if (!p.has_se()) return;
   p.pooled = dense(kept[kPooled], "pooled", mid * p.batch);
@@ -206,10 +210,10 @@ TrainMBConvParams make_params(const py::tuple& inputs, const py::tuple& kept, co
 
 void forward(const py::tuple& inputs, const py::tuple& kept, py::handle y, std::int64_t mid_channels,
              std::int64_t out_channels, std::int64_t se_channels, int kernel_size, int stride, bool residual,
-             const std::array<int, 3>& activations, const std::array<float, 3>& eps) {
-  TrainMBConvParams p =
-      make_params(inputs, kept,
-                  {mid_channels, out_channels, se_channels, kernel_size, stride, residual, activations, eps});
+             const std::array<int, 3>& activations, const std::array<float, 3>& eps, bool keep) {
+  TrainMBConvParams p = make_params(
+      inputs, kept,
+      {mid_channels, out_channels, se_channels, kernel_size, stride, residual, activations, eps, keep});
   p.y = activation(y, "y", {p.batch, p.out_channels, p.out_height, p.out_width});
   const auto kernel = select_train_mbconv_kernel(active_isa());
   const py::gil_scoped_release released;
@@ -220,10 +224,10 @@ void forward(const py::tuple& inputs, const py::tuple& kept, py::handle y, std::
 void backward(py::handle grad_y, const py::tuple& inputs, const py::tuple& kept, const py::tuple& gradients,
               std::int64_t mid_channels, std::int64_t out_channels, std::int64_t se_channels, int kernel_size,
               int stride, bool residual, const std::array<int, 3>& activations,
-              const std::array<float, 3>& eps) {
-  TrainMBConvParams p =
-      make_params(inputs, kept,
-                  {mid_channels, out_channels, se_channels, kernel_size, stride, residual, activations, eps});
+              const std::array<float, 3>& eps, bool keep) {
+  TrainMBConvParams p = make_params(
+      inputs, kept,
+      {mid_channels, out_channels, se_channels, kernel_size, stride, residual, activations, eps, keep});
   p.grad_y = activation(grad_y, "grad_y", {p.batch, p.out_channels, p.out_height, p.out_width});
   set_gradients(p, gradients);
   const auto kernel = select_train_mbconv_kernel(active_isa());

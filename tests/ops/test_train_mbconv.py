@@ -119,7 +119,7 @@ class Arguments:
             leaf.data = mine[name].detach().double()
         return other
 
-    def run(self, op: Any) -> tuple[Tensor, Tensor]:
+    def run(self, op: Any, **options: Any) -> tuple[Tensor, Tensor]:
         c = self.case
         return op(
             *(self.x, self.expand, self.bank, self.matrices, self.project, self.norms, self.excitation),
@@ -130,10 +130,11 @@ class Arguments:
             stride=c.stride,
             residual=c.residual,
             activations=c.activations,
+            **options,
         )
 
-    def gradients(self, op: Any) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-        y, moments = self.run(op)
+    def gradients(self, op: Any, **options: Any) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        y, moments = self.run(op, **options)
         g = torch.Generator().manual_seed(7)
         y.backward(torch.randn(y.shape, generator=g).to(y.dtype))
         return y.detach(), moments, {name: leaf.grad for name, leaf in self.leaves().items()}
@@ -153,6 +154,7 @@ def compare(ours: Arguments, theirs: Arguments, tolerance: float = GRADIENT_TOLE
     assert not moments.requires_grad
     assert_close(y, expected, TOLERANCE, "y")
     present = ~expected_moments[0].isnan()
+    assert moments[:, ~present].isnan().all()
     for row, name in enumerate(("mean", "variance", "invstd")):
         assert_close(moments[row][present], expected_moments[row][present], TOLERANCE, name)
     for name, wanted in expected_grads.items():
@@ -178,6 +180,36 @@ def test_same_bits_for_any_number_of_threads(case: Case, num_threads: None) -> N
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_both_plans_compute_the_same_bits(case: Case, tier: str) -> None:
+    speed, memory = (Arguments(case).gradients(train_mbconv, plan=plan) for plan in ("speed", "memory"))
+    assert torch.equal(speed[0], memory[0])
+    assert torch.equal(speed[1].nan_to_num(), memory[1].nan_to_num())
+    for name, grad in speed[2].items():
+        other = memory[2][name]
+        assert (grad is None) == (other is None), name
+        assert grad is None or other is None or torch.equal(grad, other), name
+
+
+def test_plan_memory_keeps_thin_tensors_only() -> None:
+    case, kept = Case(2, 8, 48, 8, 12, 12, kernel_size=5), []
+    for plan in ("speed", "memory"):
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        a = Arguments(case)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            a.run(train_mbconv, plan=plan)
+        own = {leaf.untyped_storage().data_ptr() for leaf in a.leaves().values()}
+        kept.append(sum(size for pointer, size in sizes.items() if pointer not in own))
+    pixels = 2 * 12 * 12
+    assert kept[0] >= (48 + 48 + 16) * pixels * 4
+    assert kept[1] <= 3 * (48 + 48 + 8) * 4
 
 
 @pytest.mark.parametrize("scale", [20.0, -20.0])
@@ -217,9 +249,18 @@ def test_opcheck(case: Case) -> None:
     norms = [part for norm in a.norms for part in (norm or (None, None))]
     tensors = (a.x, a.expand, a.bank, *a.matrices, a.project, *norms, *(a.excitation or (None,) * 4))
     codes = [{None: 0, "relu": 1, "hswish": 2}[name] for name in case.activations]
-    options = (case.ce, case.co, case.se, case.kernel_size, case.stride, case.residual, codes, [1e-5] * 3)
+    options = (
+        case.ce,
+        case.co,
+        case.se,
+        case.kernel_size,
+        case.stride,
+        case.residual,
+        codes,
+        [1e-5] * 3,
+        True,
+    )
     ops = torch.ops.pfnas_fast
-    # float comparisons between two runs would see the moments of absent normalisations: uninitialised
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.train_mbconv.default, (*tensors, *options), test_utils=utils)
     plain = tuple(None if t is None else t.detach() for t in tensors)

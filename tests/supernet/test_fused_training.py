@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from pfnas_fast.errors import InputError
 from pfnas_fast.space import load_space
-from pfnas_fast.supernet import Backbone
+from pfnas_fast.supernet import Backbone, set_training_plan
 from pfnas_fast.supernet.fused import trains_fused
 from pfnas_fast.supernet.layers import DynamicMBConv
 
@@ -35,6 +36,28 @@ def test_running_statistics_move_alike(momentum: float | None) -> None:
             net(images(), net.space.min_path())
     for (name, expected), actual in zip(nets[0].named_buffers(), nets[1].buffers(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_plan_memory_changes_no_bit() -> None:
+    _, net = make_pair()
+    results = []
+    for plan in ("speed", "memory"):
+        set_training_plan(net, plan)
+        net.zero_grad(set_to_none=True)
+        features = net(images(), net.space.max_path())
+        torch.stack([f.square().mean() for f in features]).sum().backward()
+        results.append([*features, *(p.grad for p in net.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) > 100
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_unknown_plans_and_nets_without_plans_are_refused() -> None:
+    reference, fast = make_pair()
+    with pytest.raises(InputError, match="expected one of 'speed', 'memory' for plan, got 'small'"):
+        set_training_plan(fast, "small")
+    with pytest.raises(InputError, match="expected a net with backend='fast'"):
+        set_training_plan(reference, "memory")
 
 
 def test_unsampled_blocks_keep_no_gradient() -> None:

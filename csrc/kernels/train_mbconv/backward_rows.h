@@ -10,17 +10,6 @@
 
 namespace pfnas::PFNAS_TIER {
 
-// Vectors of the channels of a block that exist in channels_last rows of `channels`.
-static PFNAS_INLINE Vec load_up_to(const float* from, int lanes) {
-  return lanes >= kLanes ? load(from) : load_lanes(from, lanes);
-}
-
-// Lanes of vector v of a block that exist.
-static PFNAS_INLINE int lanes_of(std::int64_t channels, std::int64_t block, int v) {
-  const std::int64_t left = channels - block * kBlock - v * kLanes;
-  return static_cast<int>(left < 0 ? 0 : min_of<std::int64_t>(left, kLanes));
-}
-
 // Calls body(gradient before the last activation, projected value, row) for the rows of one vector of
 // channels.
 template <Activation kActivation, class Body>

@@ -82,6 +82,31 @@ static inline void identity_norm(std::int64_t channels, std::int64_t blocks, con
   }
 }
 
+// From the moments that forward returned.
+static inline void load_norm(const TrainMBConvParams& p, int stage, const Norm& norm) {
+  const std::int64_t channels = stage == kProjectStage ? p.out_channels : p.mid_channels;
+  const std::int64_t blocks = ceil_div(channels, kBlock);
+  if (p.gamma[stage] == nullptr) return identity_norm(channels, blocks, norm);
+  const std::int64_t total = 2 * p.mid_channels + p.out_channels;
+  const float* moments = p.moments + stage * p.mid_channels;
+  for (std::int64_t c = 0; c < channels; ++c) {
+    norm.mean[c] = moments[c];
+    norm.invstd[c] = moments[2 * total + c];
+  }
+  fold_norm(p.gamma[stage], p.beta[stage], channels, blocks, norm);
+}
+
+// Vectors of the channels of a block that exist in channels_last rows of `channels`.
+static PFNAS_INLINE Vec load_up_to(const float* from, int lanes) {
+  return lanes >= kLanes ? load(from) : load_lanes(from, lanes);
+}
+
+// Lanes of vector v of a block that exist.
+static PFNAS_INLINE int lanes_of(std::int64_t channels, std::int64_t block, int v) {
+  const std::int64_t left = channels - block * kBlock - v * kLanes;
+  return static_cast<int>(left < 0 ? 0 : min_of<std::int64_t>(left, kLanes));
+}
+
 constexpr std::int64_t kRowsPerSum = 256;  // summed in float32 before a float64 sum takes over
 
 // Mean and sum of squared deviations of [channels], over `count` rows so far.

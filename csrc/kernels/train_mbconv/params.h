@@ -53,7 +53,9 @@ struct TrainMBConvParams {
 
   const float* x = nullptr;  // [N, H, W, Ci]
 
-  // Written by forward, read by backward.
+  // Written by forward, read by backward. Plan 'memory' (keep = false) passes no expanded, depthwise and
+  // projected: both calls hold them in scratch, and backward computes them again.
+  bool keep = true;
   float* y = nullptr;          // [N, Ho, Wo, Co]; forward only
   float* expanded = nullptr;   // [Ce / 16][N, H, W][16] before its normalisation
   float* depthwise = nullptr;  // [Ce / 16][N, Ho, Wo][16] likewise

@@ -20,6 +20,7 @@
 #include "kernels/train_mbconv/blocks.h"
 #include "kernels/train_mbconv/cut.h"
 #include "kernels/train_mbconv/excite.h"
+#include "kernels/train_mbconv/forward.h"
 #include "kernels/train_mbconv/gemm.h"
 #include "kernels/train_mbconv/pack.h"
 #include "kernels/train_mbconv/params.h"
@@ -29,17 +30,6 @@ namespace {
 
 using Params = TrainMBConvParams;
 using Workspace = BackwardWorkspace;
-
-void load_norm(const Params& p, int stage, std::int64_t channels, std::int64_t blocks, const Norm& norm) {
-  if (p.gamma[stage] == nullptr) return identity_norm(channels, blocks, norm);
-  const std::int64_t total = 2 * p.mid_channels + p.out_channels;
-  const float* moments = p.moments + stage * p.mid_channels;
-  for (std::int64_t c = 0; c < channels; ++c) {
-    norm.mean[c] = moments[c];
-    norm.invstd[c] = moments[2 * total + c];
-  }
-  fold_norm(p.gamma[stage], p.beta[stage], channels, blocks, norm);
-}
 
 // Folds the groups' sums into the first group's, and derives the gradient through the normalisation.
 void finish_sums(const Params& p, const Workspace& w, int stage, std::int64_t num_groups,
@@ -308,14 +298,18 @@ void fold_weight_gradients(const Params& p, const Workspace& w, float* partial, 
 
 }  // namespace
 
-void train_mbconv_backward(const TrainMBConvParams& p) {
+void train_mbconv_backward(const TrainMBConvParams& given) {
+  Params p = given;
   Carver size;
   const Workspace measured(p, size);
+  place_kept(p, size);
+  float* again = size.take(p.keep ? 0 : forward_floats(p));
   Carver memory{thread_scratch(Scratch::kCall, static_cast<std::size_t>(size.used))};
   const Workspace w(p, memory);
-  load_norm(p, kExpandStage, p.mid_channels, w.mid_blocks, w.norms[kExpandStage]);
-  load_norm(p, kDepthStage, p.mid_channels, w.mid_blocks, w.norms[kDepthStage]);
-  load_norm(p, kProjectStage, p.out_channels, w.out_blocks, w.norms[kProjectStage]);
+  place_kept(p, memory);
+  again = memory.take(p.keep ? 0 : forward_floats(p));
+  if (!p.keep) forward_again(p, again);
+  for (int stage = 0; stage < 3; ++stage) load_norm(p, stage, w.norms[stage]);
   output_backward(p, w);
   project_backward(p, w);
   if (p.has_se()) {

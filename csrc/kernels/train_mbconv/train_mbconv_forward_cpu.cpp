@@ -7,6 +7,9 @@
 //   excite    read d (1 E), pool, two small products (only with squeeze-and-excitation)
 //   project   read d (1 E), normalise, activate and gate tile by tile, write p and its moments
 //   finish    read p, normalise, activate, add x, write y
+//
+// Plan 'memory' keeps neither e, d nor p: they live in scratch, and backward runs the first passes again with
+// the moments that forward returned, to the same bits.
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/simd.h"
@@ -17,6 +20,7 @@
 #include "kernels/train_mbconv/blocks.h"
 #include "kernels/train_mbconv/cut.h"
 #include "kernels/train_mbconv/excite.h"
+#include "kernels/train_mbconv/forward.h"
 #include "kernels/train_mbconv/gemm.h"
 #include "kernels/train_mbconv/pack.h"
 #include "kernels/train_mbconv/params.h"
@@ -35,7 +39,8 @@ struct Workspace {
   Cut depth_cut;
   Norm norms[3];
   float *expand_weight, *project_weight, *filters, *excitation;
-  Moments moments;  // [most groups][channels]
+  Moments moments;     // [most groups][channels]
+  bool again = false;  // for backward: the moments are there already
 
   Workspace(const Params& p, Carver& memory) {
     const DynamicDepthwiseConvParams depth = depthwise_params(p);
@@ -86,6 +91,23 @@ void finish_moments(const Params& p, int stage, std::int64_t channels, std::int6
   fold_norm(p.gamma[stage], p.beta[stage], channels, blocks, norm);
 }
 
+// The normalisation of a stage, from the groups' moments or from those that an earlier call returned.
+void finish_stage(const Params& p, const Workspace& w, int stage, std::int64_t num_groups,
+                  const std::int64_t* counts) {
+  const std::int64_t channels = stage == kProjectStage ? p.out_channels : p.mid_channels;
+  const std::int64_t blocks = ceil_div(channels, kBlock);
+  if (p.gamma[stage] == nullptr && !w.again) {
+    const std::int64_t total = 2 * p.mid_channels + p.out_channels;
+    for (std::int64_t c = 0; c < channels; ++c) {
+      for (int row = 0; row < 3; ++row) {
+        p.moments[row * total + stage * p.mid_channels + c] = __builtin_nanf("");
+      }
+    }
+  }
+  if (w.again || p.gamma[stage] == nullptr) return load_norm(p, stage, w.norms[stage]);
+  finish_moments(p, stage, channels, blocks, num_groups, counts, w.moments, w.norms[stage]);
+}
+
 constexpr int kMaxGroups = 64;
 
 // Without expansion: x moves into blocks as it is.
@@ -94,16 +116,18 @@ void copy_to_blocks(const Params& p, const Workspace& w) {
   parallel_for(cut.num_groups, static_cast<double>(cut.rows * p.in_channels), [&](std::int64_t group) {
     const std::int64_t begin = cut.begin(cut.first_tile(group)), end = begin + cut.group_rows(group);
     for (std::int64_t block = 0; block < w.mid_blocks; ++block) {
-      const int lanes = static_cast<int>(min_of<std::int64_t>(kBlock, p.in_channels - block * kBlock));
-      float* to = p.expanded + (block * cut.rows + begin) * kBlock;
-      const float* from = p.x + begin * p.in_channels + block * kBlock;
-      for (std::int64_t r = begin; r < end; ++r, to += kBlock, from += p.in_channels) {
-        for (int c = 0; c < lanes; ++c) to[c] = from[c];
-        for (int c = lanes; c < kBlock; ++c) to[c] = 0.0f;
+      const std::int64_t at = block * cut.rows + begin;
+      for (int v = 0; v < kVecsPerBlock; ++v) {
+        const int lanes = lanes_of(p.in_channels, block, v);
+        float* to = p.expanded + at * kBlock + v * kLanes;
+        const float* from = p.x + begin * p.in_channels + block * kBlock + v * kLanes;
+        for (std::int64_t r = begin; r < end; ++r, to += kBlock, from += p.in_channels) {
+          store(to, lanes == 0 ? Vec{} : load_up_to(from, lanes));
+        }
       }
     }
   });
-  identity_norm(p.mid_channels, w.mid_blocks, w.norms[kExpandStage]);
+  finish_stage(p, w, kExpandStage, 0, nullptr);
 }
 
 void expand(const Params& p, const Workspace& w) {
@@ -129,7 +153,7 @@ void expand(const Params& p, const Workspace& w) {
             rows, take, p.in_channels, x,
             {w.expand_weight + block * p.in_channels * kBlock, p.in_channels * kBlock},
             {out, kBlock, cut.rows * kBlock, kBlock});
-        for (std::int64_t b = 0; b < take; ++b) {
+        for (std::int64_t b = 0; b < take && !w.again; ++b) {
           const std::int64_t c = (block + b) * kBlock;
           add_moments({moments.mean + c, moments.deviation + c}, count, out + b * cut.rows * kBlock, rows);
         }
@@ -137,8 +161,7 @@ void expand(const Params& p, const Workspace& w) {
       count += rows;
     }
   });
-  finish_moments(p, kExpandStage, p.mid_channels, w.mid_blocks, cut.num_groups, counts, w.moments,
-                 w.norms[kExpandStage]);
+  finish_stage(p, w, kExpandStage, cut.num_groups, counts);
 }
 
 void depthwise_step(const Params& p, const Workspace& w, const DynamicDepthwiseConvParams& depth,
@@ -177,7 +200,7 @@ void depthwise(const Params& p, const Workspace& w) {
     std::int64_t count = 0;
     for (Step step = cut.first(item); !cut.done(item, step); step = cut.next(item, step)) {
       depthwise_step(p, w, depth, step, planes);
-      if (!p.has_depth_norm()) continue;
+      if (w.again || !p.has_depth_norm()) continue;
       const float* written =
           p.depthwise +
           (step.block * p.out_pixels() + step.image * plane + step.begin * p.out_width) * kBlock;
@@ -186,12 +209,7 @@ void depthwise(const Params& p, const Workspace& w) {
       count += rows;
     }
   });
-  if (p.has_depth_norm()) {
-    finish_moments(p, kDepthStage, p.mid_channels, w.mid_blocks, cut.num_groups, counts, w.moments,
-                   w.norms[kDepthStage]);
-  } else {
-    identity_norm(p.mid_channels, w.mid_blocks, w.norms[kDepthStage]);
-  }
+  finish_stage(p, w, kDepthStage, cut.num_groups, counts);
 }
 
 void project(const Params& p, const Workspace& w) {
@@ -217,15 +235,14 @@ void project(const Params& p, const Workspace& w) {
       multiply_blocks<kBlock, Start::kZero>(rows, w.out_blocks, p.mid_channels, blocks_of(activated, rows),
                                             {w.project_weight, p.mid_channels * kBlock},
                                             {out, kBlock, cut.rows * kBlock, kBlock});
-      for (std::int64_t b = 0; b < w.out_blocks; ++b) {
+      for (std::int64_t b = 0; b < w.out_blocks && !w.again; ++b) {
         add_moments({moments.mean + b * kBlock, moments.deviation + b * kBlock}, count,
                     out + b * cut.rows * kBlock, rows);
       }
       count += rows;
     }
   });
-  finish_moments(p, kProjectStage, p.out_channels, w.out_blocks, cut.num_groups, counts, w.moments,
-                 w.norms[kProjectStage]);
+  finish_stage(p, w, kProjectStage, cut.num_groups, counts);
 }
 
 template <Activation kActivation>
@@ -266,11 +283,29 @@ void finish(const Params& p, const Workspace& w) {
 
 }  // namespace
 
-void train_mbconv_forward(const TrainMBConvParams& p) {
+std::int64_t forward_floats(const TrainMBConvParams& p) {
   Carver size;
   const Workspace measured(p, size);
+  return size.used;
+}
+
+void forward_again(const TrainMBConvParams& p, float* memory) {
+  Carver carver{memory};
+  Workspace w(p, carver);
+  w.again = true;
+  expand(p, w);
+  depthwise(p, w);
+  project(p, w);
+}
+
+void train_mbconv_forward(const TrainMBConvParams& given) {
+  Params p = given;
+  Carver size;
+  const Workspace measured(p, size);
+  place_kept(p, size);
   Carver memory{thread_scratch(Scratch::kCall, static_cast<std::size_t>(size.used))};
   const Workspace w(p, memory);
+  place_kept(p, memory);
   expand(p, w);
   depthwise(p, w);
   if (p.has_se()) {

@@ -88,6 +88,7 @@ class SeparableConv(nn.Module):
         init_conv_(self.point_conv.weight.data)
         self.bns = nn.ModuleList(_norm(channels, plain) for _ in range(num_levels))
         self._train_op = None if plain else load_train_op(backend)
+        self.plan = "speed"  # see `set_training_plan`
 
     def forward(self, x: Tensor, level: int) -> Tensor:
         """[N, C, H, W] of one level -> [N, C, H, W]."""
@@ -112,6 +113,7 @@ class SeparableConv(nn.Module):
             kernel_size=3,
             activations=(None, None, "hswish"),
             eps=(0.0, 0.0, norm.eps),
+            plan=self.plan,
         )
         hand_over_moments((norm,), (channels,), moments[:, 2 * channels :], x, y)
         return y

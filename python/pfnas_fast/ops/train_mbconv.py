@@ -21,6 +21,7 @@ __all__ = ["train_mbconv"]
 _ACTIVATIONS = {None: 0, "relu": 1, "hswish": 2}
 _HALVES = (torch.bfloat16, torch.float16)
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+PLANS = ("speed", "memory")
 _BLOCK = 16  # channels per block of the tensors that only this op reads
 _TENSORS = (
     "Tensor x, Tensor? expand_weight, Tensor depth_weight, Tensor? matrix_5, Tensor? matrix_3, "
@@ -31,7 +32,7 @@ _TENSORS = (
 _NAMES = tuple(part.split()[-1] for part in _TENSORS.split(", "))
 _OPTIONS = (
     "int mid_channels, int out_channels, int se_channels, int kernel_size, int stride, bool residual, "
-    "int[] activations, float[] eps"
+    "int[] activations, float[] eps, bool keep"
 )
 _KEPT = ("expanded", "depthwise", "projected", "moments", "pooled", "hidden", "gate")
 LIBRARY.define(
@@ -62,6 +63,7 @@ def train_mbconv(
     residual: bool = False,
     activations: Sequence[str | None] = ("relu", "relu", None),
     eps: Sequence[float] = (1e-5, 1e-5, 1e-5),
+    plan: str = "speed",
 ) -> tuple[Tensor, Tensor]:
     """Expand, depthwise, excite, project, each with batch normalisation of this batch; forward and backward.
 
@@ -87,12 +89,13 @@ def train_mbconv(
         residual: Add x at the end; needs Ci = Co and stride 1.
         activations: "relu", "hswish" or None after each normalisation.
         eps: Of each normalisation.
+        plan: "speed" keeps what the three convolutions wrote for the backward pass; "memory" keeps x and the
+            moments only and computes the rest again, to the same bits.
 
     Returns:
         y, [N, Co, ceil(H / stride), ceil(W / stride)], channels_last, and the moments of the batch,
         [3, 2 Ce + Co], without gradient: rows are mean, unbiased variance and 1 / sqrt(biased variance +
-        eps); columns are the channels of the three normalisations one after another (undefined for an absent
-        one).
+        eps); columns are the channels of the three normalisations one after another (NaN for an absent one).
 
     Raises:
         InputError: Shapes or options disagree, or there is one value per channel (a ValueError).
@@ -122,10 +125,12 @@ def train_mbconv(
     )
     codes = _codes(activations)
     options = (mid_channels, out_channels, se_channels, kernel_size, stride, residual, codes, list(eps))
+    if plan not in PLANS:
+        raise InputError(_fail("one of 'speed', 'memory'", "plan", repr(plan)))
     _check_tensors(tensors)
     _check_sizes(dict(zip(_NAMES, tensors, strict=True)), *options)
     x = x.contiguous(memory_format=torch.channels_last)
-    y, _, _, _, moments, *_ = torch.ops.pfnas_fast.train_mbconv(x, *tensors[1:], *options)
+    y, _, _, _, moments, *_ = torch.ops.pfnas_fast.train_mbconv(x, *tensors[1:], *options, plan == "speed")
     return y, moments
 
 
@@ -232,10 +237,9 @@ def _out_size(x: Tensor, stride: int) -> tuple[int, int]:
     return (x.shape[2] + stride - 1) // stride, (x.shape[3] + stride - 1) // stride
 
 
-def _output_shapes(
-    x: Tensor, mid_channels: int, out_channels: int, se_channels: int, stride: int
-) -> tuple[tuple[int, ...], ...]:
+def _output_shapes(x: Tensor, options: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
     """y, and what is kept for the backward pass."""
+    mid_channels, out_channels, se_channels, _, stride, *_, keep = options
     n = x.shape[0]
     height, width = _out_size(x, stride)
     mid, out = -(-mid_channels // _BLOCK), -(-out_channels // _BLOCK)
@@ -243,9 +247,9 @@ def _output_shapes(
     excited = mid if se_channels > 0 else 0
     return (
         (n, out_channels, height, width),
-        (mid, n * x.shape[2] * x.shape[3], _BLOCK),
-        (mid, n * height * width, _BLOCK),
-        (out, n * height * width, _BLOCK),
+        (mid if keep else 0, n * x.shape[2] * x.shape[3], _BLOCK),
+        (mid if keep else 0, n * height * width, _BLOCK),
+        (out if keep else 0, n * height * width, _BLOCK),
         (3, 2 * mid_channels + out_channels),
         (excited, n, _BLOCK),
         (reduced, n, _BLOCK),
@@ -266,9 +270,8 @@ _NUM_TENSORS, _NUM_KEPT = len(_NAMES), len(_KEPT)
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, options = arguments[:_NUM_TENSORS], arguments[_NUM_TENSORS:]
-    mid_channels, out_channels, se_channels, _, stride = options[:5]
     x = tensors[0]
-    y_shape, *kept_shapes = _output_shapes(x, mid_channels, out_channels, se_channels, stride)
+    y_shape, *kept_shapes = _output_shapes(x, options)
     y = empty_channels_last(x, y_shape)
     kept = tuple(empty(x, shape) for shape in kept_shapes)
     _C.train_mbconv_forward(_dense(tensors), kept, y, *options)
@@ -276,9 +279,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    mid_channels, out_channels, se_channels, _, stride = arguments[_NUM_TENSORS : _NUM_TENSORS + 5]
     x = arguments[0]
-    y_shape, *kept_shapes = _output_shapes(x, mid_channels, out_channels, se_channels, stride)
+    y_shape, *kept_shapes = _output_shapes(x, arguments[_NUM_TENSORS:])
     y = torch.empty(y_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return y, *(x.new_empty(shape) for shape in kept_shapes)
 

@@ -5,6 +5,7 @@ from pfnas_fast.supernet.active import ActiveSubnetMixin
 from pfnas_fast.supernet.backbone import Backbone, ConvBN
 from pfnas_fast.supernet.classification import ClassificationSupernet
 from pfnas_fast.supernet.extraction import ClassificationSubnet, PlainBackbone, copy_active_weights
+from pfnas_fast.supernet.fused import set_training_plan
 from pfnas_fast.supernet.layers import (
     DynamicBatchNorm2d,
     DynamicDepthwiseConv2d,
@@ -44,6 +45,7 @@ __all__ = [
     "recalibrate_paths",
     "reorganize_middle_weights",
     "set_running_statistics",
+    "set_training_plan",
     "use_statistics",
     "write_running_statistics",
 ]

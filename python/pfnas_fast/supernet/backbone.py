@@ -73,6 +73,7 @@ class StaticBlock(nn.Module):
         self.project = ConvBN(channels, block.out_channels)
         self.has_residual = block.stride == 1 and channels == block.out_channels
         self._train_op = load_train_op(backend)
+        self.plan = "speed"  # see `set_training_plan`
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
@@ -98,6 +99,7 @@ class StaticBlock(nn.Module):
             residual=self.has_residual,
             activations=(None, depth.activation, project.activation),
             eps=(0.0, depth.bn.eps, project.bn.eps),
+            plan=self.plan,
         )
         hand_over_moments((depth.bn, project.bn), (channels, out_channels), moments[:, channels:], x, y)
         return y

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pfnas_fast.errors import InputError
+
 
 class MomentsCollector:
     """A `DynamicBatchNorm2d.collector` that can do without the tensor: it is told the batch's moments."""
@@ -26,6 +28,31 @@ def load_train_op(backend: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
     from pfnas_fast.ops import train_mbconv
 
     return train_mbconv
+
+
+def set_training_plan(net: nn.Module, plan: str) -> None:
+    """Choose what the blocks of a ``backend="fast"`` net keep between forward and backward.
+
+    Args:
+        net: The net, or a part of it; changed in place.
+        plan: "speed" (the default) keeps what the convolutions wrote. "memory" keeps each block's input and
+            moments only and computes the rest again in the backward pass: the same numbers to the bit.
+
+    Raises:
+        InputError: Another plan, or no block of `net` has one (``backend="reference"``).
+
+    Example:
+        >>> from pfnas_fast.space import load_space
+        >>> from pfnas_fast.supernet import Backbone, set_training_plan
+        >>> set_training_plan(Backbone(load_space("tiny"), backend="fast"), "memory")
+    """
+    if plan not in ("speed", "memory"):
+        raise InputError(f"set_training_plan: expected one of 'speed', 'memory' for plan, got {plan!r}")
+    blocks = [module for module in net.modules() if getattr(module, "_train_op", None) is not None]
+    if not blocks:
+        raise InputError("set_training_plan: expected a net with backend='fast', got one without such blocks")
+    for block in blocks:
+        block.plan = plan  # pyright: ignore[reportArgumentType]
 
 
 def trains_fused(x: Tensor, block: nn.Module, norms: Sequence[nn.BatchNorm2d]) -> bool:

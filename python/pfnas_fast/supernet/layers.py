@@ -352,6 +352,7 @@ class DynamicMBConv(nn.Module):
         self.project_conv = DynamicPointwiseConv2d(widest, block.out_channels)
         self.project_bn = DynamicBatchNorm2d(block.out_channels)
         self._train_op = load_train_op(backend)
+        self.plan = "speed"  # see `set_training_plan`
 
     def forward(self, x: Tensor, kernel_size: int, expand_ratio: int) -> Tensor:
         """Run the block on `x` [N, in_channels, H, W].
@@ -403,6 +404,7 @@ class DynamicMBConv(nn.Module):
             residual=block.has_residual,
             activations=(block.activation, block.activation, None),
             eps=[norm.eps for norm in norms],
+            plan=self.plan,
         )
         hand_over_moments(norms, (mid_channels, mid_channels, block.out_channels), moments, x, y)
         return y
