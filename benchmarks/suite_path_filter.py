@@ -5,6 +5,9 @@ fp32: 21 slots of 10 codes and a budget -> 128 -> 64 -> 1, relu, 2^14 paths. Our
     structure of arrays (the engine's own layout), normalised budgets ready, codes unchecked. Theirs: the
     best of embedding_bag with the first layer folded into it (indices ready, int64 or int32), eager and
     through torch.compile, each in batches of 1,024 to 16,384; which one ran is printed on stderr.
+int8: the same with `path_score_int8`. The check also holds the scores to their proven bound.
+int8_top: the best 256 of 2^17 paths, ours by `best_paths` (8-bit sift, exact scores of what is left),
+    torch's by all scores and `topk`; the same paths.
 ofa_size: Once-for-All's accuracy predictor, 127 inputs -> 400 -> 400 -> 400 -> 1, 2^12 paths. Theirs: three
     `F.linear` on ready-made float features (their making is not timed). Ours: from codes, 21 slots.
 """
@@ -20,7 +23,15 @@ import torch.nn.functional as F
 from harness import Comparison
 from torch import Tensor
 
-from pfnas_fast.ops import NetworkTables, PackedRanker, RankerTables, path_score
+from pfnas_fast.ops import (
+    Int8Ranker,
+    NetworkTables,
+    PackedRanker,
+    RankerTables,
+    best_paths,
+    path_score,
+    path_score_int8,
+)
 
 __all__ = ["comparisons"]
 
@@ -104,21 +115,54 @@ def _assert_same(ours: Tensor, theirs: Tensor) -> None:
 def _population(num_paths: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(1)
     codes = torch.randint(0, NUM_CODES, (num_paths, NUM_SLOTS), generator=g)
-    return codes, torch.randn(num_paths, generator=g)
+    return codes, torch.randn(num_paths, generator=g).clamp(-4.0, 4.0)
 
 
-def fp32() -> Comparison:
-    """The small filter."""
+def small_filter(name: str) -> Comparison:
+    """The small filter in float32 or 8-bit integers."""
     tables = random_network((128, 64), budget=True)
     codes, z = _population(1 << 14)
-    name, theirs = _best_of(_torch_candidates(tables, codes, z))
-    print(f"path_filter: best of torch is {name}", file=sys.stderr)
-    ranker, small = PackedRanker(tables), codes.to(torch.uint8).t().contiguous().t()
+    best, theirs = _best_of(_torch_candidates(tables, codes, z))
+    print(f"path_filter/{name}: best of torch is {best}", file=sys.stderr)
+    small = codes.to(torch.uint8).t().contiguous().t()
+    exact, sift = PackedRanker(tables), Int8Ranker(tables)
 
     def ours() -> Tensor:
-        return path_score(ranker, small, z, trusted=True)
+        if name == "fp32":
+            return path_score(exact, small, z, trusted=True)
+        return path_score_int8(sift, small, z, trusted=True)
 
-    return Comparison("path_filter/fp32", ours, theirs, lambda: _assert_same(ours(), theirs()))
+    def check() -> None:
+        if name == "fp32":
+            _assert_same(ours(), theirs())
+        else:
+            assert float((ours() - theirs()).abs().max()) <= sift.eps, "further off than proven"
+
+    return Comparison(f"path_filter/{name}", ours, theirs, check)
+
+
+def int8_top() -> Comparison:
+    """The best of many."""
+    tables = random_network((128, 64), budget=True)
+    codes, z = _population(1 << 17)
+    best, scores = _best_of(_torch_candidates(tables, codes, z))
+    print(f"path_filter/int8_top: best of torch is {best}", file=sys.stderr)
+    small = codes.to(torch.uint8).t().contiguous().t()
+    exact, sift = PackedRanker(tables), Int8Ranker(tables)
+    count = best_paths(exact, sift, small, z, 256)[2]
+    print(f"path_filter/int8_top: eps {sift.eps:.3f}, {count} paths scored exactly", file=sys.stderr)
+
+    def ours() -> Tensor:
+        return best_paths(exact, sift, small, z, 256)[0]
+
+    def theirs() -> Tensor:
+        return torch.topk(scores(), 256).indices
+
+    def check() -> None:
+        want = torch.topk(path_score(exact, small, z), 256).values
+        assert torch.equal(path_score(exact, small[ours()], z[ours()]), want), "not the best paths"
+
+    return Comparison("path_filter/int8_top", ours, theirs, check)
 
 
 def ofa_size() -> Comparison:
@@ -162,5 +206,7 @@ def ofa_size() -> Comparison:
 
 def comparisons() -> Iterator[tuple[str, Callable[[], Comparison]]]:
     """Every row's name with the function that prepares it."""
-    yield "path_filter/fp32", fp32
+    for name in ("fp32", "int8"):
+        yield f"path_filter/{name}", partial(small_filter, name)
+    yield "path_filter/int8_top", int8_top
     yield "path_filter/ofa_size", ofa_size

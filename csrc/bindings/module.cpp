@@ -94,6 +94,7 @@ PYBIND11_MODULE(_C, m) {
   pfnas::register_dynamic_pointwise_conv(m);
   pfnas::register_path_cost(m);
   pfnas::register_path_score(m);
+  pfnas::register_path_score_int8(m);
   pfnas::register_path_search(m);
   pfnas::register_subnet(m);
   pfnas::register_train_mbconv(m);

@@ -10,6 +10,7 @@ void register_dynamic_depthwise_conv(pybind11::module_& m);
 void register_dynamic_pointwise_conv(pybind11::module_& m);
 void register_path_cost(pybind11::module_& m);
 void register_path_score(pybind11::module_& m);
+void register_path_score_int8(pybind11::module_& m);
 void register_path_search(pybind11::module_& m);
 void register_subnet(pybind11::module_& m);
 void register_tensor_pool(pybind11::module_& m);

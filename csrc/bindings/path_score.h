@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include "common/isa.h"
+#include "kernels/path_score/int8_params.h"
 #include "kernels/path_score/params.h"
 
 namespace pfnas {
@@ -16,5 +17,14 @@ struct ScoreModelHolder {
 
 using PathScoreKernel = void (*)(const PathScoreParams&);
 PathScoreKernel select_path_score_kernel(Isa isa);
+
+struct Int8ModelHolder {
+  pybind11::dict tensors;
+  Int8Model model;
+};
+
+using Int8ScoreKernel = void (*)(const Int8ScoreParams&);
+Int8ScoreKernel select_int8_score_kernel(Isa isa);
+bool cpu_has_vnni();
 
 }  // namespace pfnas

@@ -164,7 +164,7 @@ py::tuple evolve(const SearchSpace& s, const py::dict& f) {
   return py::make_tuple(p.num_found, p.num_scored);
 }
 
-// As evolve, with costs [top_k]. Returns (found, walks made, paths not found, accepted).
+// As evolve, with costs [top_k]. Returns (found, walks made, paths not found, accepted, scored exactly).
 py::tuple flood(const SearchSpace& s, const py::dict& f) {
   FloodParams p;
   p.draw =
@@ -172,6 +172,13 @@ py::tuple flood(const SearchSpace& s, const py::dict& f) {
                   f["window"].cast<double>(), f["resolutions"].cast<std::uint64_t>());
   p.draw.num_paths = f["num_paths"].cast<std::int64_t>();
   set_scorers(s, f, p.scorer, p.thresholds);
+  if (!f["sift"].is_none()) {
+    p.sift.model = f["sift"].cast<const Int8ModelHolder&>().model;
+    PFNAS_CHECK(p.sift.model.num_slots == s.genes.num_slots);
+    p.sift.score = select_int8_score_kernel(active_isa());
+    p.sift.use_vnni = cpu_has_vnni();
+    p.sift.eps = f["sift_eps"].cast<double>();
+  }
   p.top_k = f["top_k"].cast<int>();
   p.codes = array_arg<std::uint8_t>(f["codes"], kOp, "codes", {p.top_k, s.genes.num_slots});
   p.scores = array_arg<double>(f["scores"], kOp, "scores", {p.top_k});
@@ -180,7 +187,7 @@ py::tuple flood(const SearchSpace& s, const py::dict& f) {
     const py::gil_scoped_release released;
     flood_paths(p);
   }
-  return py::make_tuple(p.num_found, p.draw.num_drawn, p.draw.num_missing, p.num_accepted);
+  return py::make_tuple(p.num_found, p.draw.num_drawn, p.draw.num_missing, p.num_accepted, p.num_exact);
 }
 
 }  // namespace

@@ -9,8 +9,6 @@
 namespace pfnas::PFNAS_TIER {
 
 constexpr int kPanelVecs = kScorePanel / kLanes;
-// Paths per batch: whole tiles of every height below.
-constexpr std::int64_t kBatch = 60;
 
 struct DenseJob {
   const float* in;  // [kBatch][in_stride]
@@ -24,44 +22,57 @@ struct DenseJob {
   float* partial;     // [kBatch][kLanes], last layer: sums of relu(columns) * head
 };
 
-template <int kRows, int kPanels>
-static PFNAS_INLINE void dense_tile(const DenseJob& job, std::int64_t row, int panel) {
-  constexpr int kVecs = kPanels * kPanelVecs;
-  const std::int64_t panel_size = static_cast<std::int64_t>(job.in_width) * kScorePanel;
-  const float* weights = job.weights + panel * panel_size;
-  const float* in = job.in + row * job.in_stride;
-  Vec sums[kRows][kVecs];
+// relu and store a few panels' sums of one path, or add them to the head's.
+template <int kVecs>
+static PFNAS_INLINE void finish_row(const DenseJob& job, std::int64_t row, int panel,
+                                    const Vec (&sums)[kVecs]) {
+  if (job.out != nullptr) {
+    float* out = job.out + row * job.out_stride + panel * kScorePanel;
+    PFNAS_UNROLL for (int j = 0; j < kVecs; ++j) store(out + j * kLanes, relu(sums[j]));
+    return;
+  }
+  float* partial = job.partial + row * kLanes;
+  Vec total = panel == 0 ? Vec{} : load(partial);
+  PFNAS_UNROLL for (int j = 0; j < kVecs; ++j) {
+    total += relu(sums[j]) * load(job.head + panel * kScorePanel + j * kLanes);
+  }
+  store(partial, total);
+}
+
+// Every row starts with the biases of the panels from `panel` on.
+template <int kRows, int kVecs>
+static PFNAS_INLINE void start_sums(const DenseJob& job, int panel, Vec (&sums)[kRows][kVecs]) {
   PFNAS_UNROLL for (int j = 0; j < kVecs; ++j) {
     const Vec bias = load(job.bias + panel * kScorePanel + j * kLanes);
     PFNAS_UNROLL for (int i = 0; i < kRows; ++i) sums[i][j] = bias;
   }
-  for (int k = 0; k < job.in_width; ++k) {
-    Vec w[kVecs];
-    PFNAS_UNROLL for (int q = 0; q < kPanels; ++q) {
-      PFNAS_UNROLL for (int v = 0; v < kPanelVecs; ++v) {
-        w[q * kPanelVecs + v] = load(weights + q * panel_size + k * kScorePanel + v * kLanes);
-      }
+}
+
+// What input unit k adds to a tile; `weights` of its first panel.
+template <int kPanels, int kRows, int kVecs>
+static PFNAS_INLINE void add_unit(const float* weights, std::int64_t panel_size, const float* in,
+                                  std::int64_t in_stride, int k, Vec (&sums)[kRows][kVecs]) {
+  Vec w[kVecs];
+  PFNAS_UNROLL for (int q = 0; q < kPanels; ++q) {
+    PFNAS_UNROLL for (int v = 0; v < kPanelVecs; ++v) {
+      w[q * kPanelVecs + v] = load(weights + q * panel_size + k * kScorePanel + v * kLanes);
     }
-    PFNAS_UNROLL for (int i = 0; i < kRows; ++i) {
-      const float value = in[i * job.in_stride + k];
-      PFNAS_UNROLL for (int j = 0; j < kVecs; ++j) sums[i][j] += value * w[j];
-    }
-  }
-  if (job.out != nullptr) {
-    PFNAS_UNROLL for (int i = 0; i < kRows; ++i) {
-      float* out = job.out + (row + i) * job.out_stride + panel * kScorePanel;
-      PFNAS_UNROLL for (int j = 0; j < kVecs; ++j) store(out + j * kLanes, relu(sums[i][j]));
-    }
-    return;
   }
   PFNAS_UNROLL for (int i = 0; i < kRows; ++i) {
-    float* partial = job.partial + (row + i) * kLanes;
-    Vec total = panel == 0 ? Vec{} : load(partial);
-    PFNAS_UNROLL for (int j = 0; j < kVecs; ++j) {
-      total += relu(sums[i][j]) * load(job.head + panel * kScorePanel + j * kLanes);
-    }
-    store(partial, total);
+    const float value = in[i * in_stride + k];
+    PFNAS_UNROLL for (int j = 0; j < kVecs; ++j) sums[i][j] += value * w[j];
   }
+}
+
+template <int kRows, int kPanels>
+static PFNAS_INLINE void dense_tile(const DenseJob& job, std::int64_t row, int panel) {
+  const std::int64_t panel_size = static_cast<std::int64_t>(job.in_width) * kScorePanel;
+  const float* weights = job.weights + panel * panel_size;
+  const float* in = job.in + row * job.in_stride;
+  Vec sums[kRows][kPanels * kPanelVecs];
+  start_sums(job, panel, sums);
+  for (int k = 0; k < job.in_width; ++k) add_unit<kPanels>(weights, panel_size, in, job.in_stride, k, sums);
+  PFNAS_UNROLL for (int i = 0; i < kRows; ++i) finish_row(job, row + i, panel, sums[i]);
 }
 
 template <int kRows, int kPanels>

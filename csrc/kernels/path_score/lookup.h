@@ -12,10 +12,15 @@ namespace pfnas::PFNAS_TIER {
 constexpr int kNarrowVecs = kLanes == 16 ? 4 : 8;
 constexpr int kWideVecs = 8;
 
+// Most paths per batch: whole tiles of every height in dense.h.
+constexpr std::int64_t kBatch = 60;
+// Paths whose rows are found at once: vectors of 16 of them, whole batches.
+constexpr std::int64_t kRowStride = 96;
+
 // A batch of paths, ready for look-ups.
 struct Batch {
   std::int64_t num_paths;
-  const std::int32_t* rows;  // [num_paths][num_lookups], rows of the table, times its block
+  const std::int32_t* rows;  // [num_lookups][kRowStride], rows of the table, times its block
   const float* z;            // [num_paths], or null
 };
 
@@ -62,7 +67,7 @@ struct Columns {
 
 // Paths whose sums run side by side: a chain of additions alone would wait for its own results.
 template <int kVecs>
-constexpr int kSideBySide = kVecs == 4 && kNumRegisters == 32 ? 2 : 1;
+constexpr int kSideBySide = kNumRegisters == 32 ? 2 : 1;
 
 // Sums of the rows of kPaths paths; kPower = highest power of the budget that enters.
 template <int kPower, int kPaths, int kVecs>
@@ -77,7 +82,7 @@ static PFNAS_INLINE void sum_rows(const Columns<kVecs>& c, const std::int32_t* r
   }
   for (int r = 0; r < num_lookups; ++r) {
     PFNAS_UNROLL for (int i = 0; i < kPaths; ++i) {
-      const float* row = c.table + rows[i * num_lookups + r];
+      const float* row = c.table + rows[r * kRowStride + i];
       PFNAS_UNROLL for (int j = 0; j < kVecs; ++j) sums[i][j] += load(row + j * kLanes);
     }
   }
@@ -91,12 +96,12 @@ static PFNAS_INLINE void for_each_sum(const Columns<kVecs>& c, const Batch& batc
   std::int64_t path = 0;
   for (; path + kPair <= batch.num_paths; path += kPair) {
     Vec sums[kPair][kVecs];
-    sum_rows<kPower, kPair>(c, batch.rows + path * num_lookups, num_lookups, batch.z + path, sums);
+    sum_rows<kPower, kPair>(c, batch.rows + path, num_lookups, batch.z + path, sums);
     PFNAS_UNROLL for (int i = 0; i < kPair; ++i) use(path + i, sums[i]);
   }
   for (; path < batch.num_paths; ++path) {
     Vec sums[1][kVecs];
-    sum_rows<kPower, 1>(c, batch.rows + path * num_lookups, num_lookups, batch.z + path, sums);
+    sum_rows<kPower, 1>(c, batch.rows + path, num_lookups, batch.z + path, sums);
     use(path, sums[0]);
   }
 }
@@ -145,12 +150,13 @@ static void lookup_exp(const PathScoreModel& m, const Batch& batch, std::int64_t
 // The members' linear parts: members, [num_members][num_paths] += sum over look-ups of their lanes.
 static void add_linear(const PathScoreModel& m, const Batch& batch, float* members, std::int64_t stride) {
   for (std::int64_t path = 0; path < batch.num_paths; ++path) {
-    const std::int32_t* rows = batch.rows + path * m.num_lookups;
+    const std::int32_t* rows = batch.rows + path;
     for (int first = 0; first < m.num_members; first += kLanes) {
       Vec sum = load(m.linear_offset + first);
       if (m.linear_budget != nullptr) sum += batch.z[path] * load(m.linear_budget + first);
       for (int r = 0; r < m.num_lookups; ++r) {
-        sum += load(m.linear + static_cast<std::int64_t>(rows[r] / m.block) * m.linear_width + first);
+        sum += load(m.linear + static_cast<std::int64_t>(rows[r * kRowStride] / m.block) * m.linear_width +
+                    first);
       }
       float lanes[kLanes];
       store(lanes, sum);

@@ -8,14 +8,15 @@
 //          = head . exp(x's own columns)                   + its lane of the linear part             kernels
 //   score  = sum over members of weight * member + curve(z),   z = the normalised budget
 //
-// Everything is float32. Columns come in blocks of 32, members start at a block, padding is zero.
+// Everything is float32. Columns come in blocks, members start at a block, padding is zero.
 #pragma once
 
 #include <cstdint>
 
 namespace pfnas {
 
-constexpr int kScoreColumns = 64;   // members start at a multiple of this many columns
+constexpr int kScoreColumns = 64;  // members start at a multiple of this many columns
+constexpr int kMaxScoreSlots = 256;
 constexpr int kScorePanel = 16;     // columns per panel of a dense layer
 constexpr int kMaxDenseLayers = 3;  // after the first
 
@@ -35,7 +36,7 @@ struct PathScoreModel {
   std::int64_t num_rows = 0;
   int block = 0;  // columns per block of the table: 64 or 128
   std::int64_t width = 0;
-  const float* table = nullptr;          // [width / 32][num_slots * num_codes][32]
+  const float* table = nullptr;          // [width / block][num_rows][block]
   const float* offset = nullptr;         // [width]
   const float* budget = nullptr;         // [width] or null: z is no input
   const float* budget_square = nullptr;  // [width] or null

@@ -13,13 +13,14 @@
 #include "kernels/path_score/dense.h"
 #include "kernels/path_score/lookup.h"
 #include "kernels/path_score/params.h"
+#include "kernels/path_score/rows.h"
 
 namespace pfnas::PFNAS_TIER {
 namespace {
 
 // One thread's working memory.
 struct Workspace {
-  std::int32_t* rows;  // [kBatch][num_lookups]
+  std::int32_t* rows;  // [num_lookups][kRowStride]
   float* members;      // [num_members][kBatch]
   float* partial;      // [kBatch][kLanes]
   float* hidden[2];    // [kBatch][hidden_stride], layers alternate
@@ -32,7 +33,7 @@ struct Workspace {
     }
     // Not a power of two, so that the rows of a tile do not share cache sets.
     hidden_stride += kScorePanel;
-    const std::int64_t sizes[] = {kBatch * m.num_lookups, kBatch * m.num_members, kBatch * kLanes,
+    const std::int64_t sizes[] = {kRowStride * m.num_lookups, kBatch * m.num_members, kBatch * kLanes,
                                   kBatch * hidden_stride, kBatch * hidden_stride};
     std::int64_t total = 0;
     for (const std::int64_t size : sizes) total += ceil_div(size, 16) * 16;
@@ -50,20 +51,6 @@ struct Workspace {
   }
 };
 
-void find_rows(const PathScoreParams& p, std::int64_t first, std::int64_t count, std::int32_t* rows) {
-  const int num_lookups = p.model.num_lookups;
-  for (int r = 0; r < num_lookups; ++r) {
-    const ScoreLookup look = p.model.lookups[r];
-    const std::uint8_t* codes = p.codes + first * p.path_stride + look.slot * p.slot_stride;
-    const std::uint8_t* second = p.codes + first * p.path_stride + look.second_slot * p.slot_stride;
-    for (std::int64_t path = 0; path < count; ++path) {
-      const std::int32_t row =
-          look.first_row + codes[path * p.path_stride] + look.second_stride * second[path * p.path_stride];
-      rows[path * num_lookups + r] = row * p.model.block;
-    }
-  }
-}
-
 void dot_head(const float* hidden, std::int64_t stride, int width, const float* head, std::int64_t count,
               float* member) {
   for (std::int64_t path = 0; path < count; ++path) {
@@ -77,35 +64,35 @@ void dot_head(const float* hidden, std::int64_t stride, int width, const float* 
   }
 }
 
+DenseJob dense_job(const PathScoreModel& m, int index, int layer, const Workspace& w) {
+  const bool last = layer + 1 == m.num_dense;
+  const int in_width = m.widths[layer], out_width = PathScoreModel::padded(m.widths[layer + 1]);
+  DenseJob job{};
+  job.in = w.hidden[layer % 2];
+  job.in_stride = w.hidden_stride;
+  job.in_width = in_width;
+  job.weights = m.dense[layer] + static_cast<std::int64_t>(index) * in_width * out_width;
+  job.bias = m.bias[layer] + static_cast<std::int64_t>(index) * out_width;
+  job.out = last ? nullptr : w.hidden[(layer + 1) % 2];
+  job.out_stride = w.hidden_stride;
+  job.head = m.head + static_cast<std::int64_t>(index) * PathScoreModel::padded(m.widths[m.num_dense]);
+  job.partial = w.partial;
+  return job;
+}
+
 void network(const PathScoreModel& m, const Batch& batch, int index, Workspace& w) {
   const bool wide = m.block == 2 * kScoreColumns;
   const auto look_up = m.budget == nullptr ? (wide ? lookup_relu<0, kWideVecs> : lookup_relu<0, kNarrowVecs>)
                                            : (wide ? lookup_relu<1, kWideVecs> : lookup_relu<1, kNarrowVecs>);
   look_up(m, batch, index * m.first_width(), m.first_width(), w.hidden[0], w.hidden_stride);
-  float* member = w.members + index * kBatch;
-  const float* head =
-      m.head + static_cast<std::int64_t>(index) * PathScoreModel::padded(m.widths[m.num_dense]);
   if (m.num_dense == 0) {
-    dot_head(w.hidden[0], w.hidden_stride, m.widths[0], head, batch.num_paths, member);
+    const float* head = m.head + static_cast<std::int64_t>(index) * PathScoreModel::padded(m.widths[0]);
+    dot_head(w.hidden[0], w.hidden_stride, m.widths[0], head, batch.num_paths, w.members + index * kBatch);
     return;
   }
   for (int layer = 0; layer < m.num_dense; ++layer) {
-    const bool last = layer + 1 == m.num_dense;
-    const int in_width = m.widths[layer], out_width = PathScoreModel::padded(m.widths[layer + 1]);
-    DenseJob job{};
-    job.in = w.hidden[layer % 2];
-    job.in_stride = w.hidden_stride;
-    job.in_width = in_width;
-    job.weights = m.dense[layer] + static_cast<std::int64_t>(index) * in_width * out_width;
-    job.bias = m.bias[layer] + static_cast<std::int64_t>(index) * out_width;
-    job.out = last ? nullptr : w.hidden[(layer + 1) % 2];
-    job.out_stride = w.hidden_stride;
-    job.head = head;
-    job.partial = w.partial;
-    dense_layer(job, batch.num_paths, out_width / kScorePanel);
-  }
-  for (std::int64_t path = 0; path < batch.num_paths; ++path) {
-    member[path] = sum_lanes(w.partial + path * kLanes);
+    dense_layer(dense_job(m, index, layer, w), batch.num_paths,
+                PathScoreModel::padded(m.widths[layer + 1]) / kScorePanel);
   }
 }
 
@@ -120,11 +107,17 @@ float curve_at(const PathScoreModel& m, float z) {
   return m.curve[knot] + share * (m.curve[knot + 1] - m.curve[knot]);
 }
 
-void score_batch(const PathScoreParams& p, std::int64_t first, std::int64_t count, Workspace& w) {
+// `rows` of the batch's first path.
+void score_batch(const PathScoreParams& p, std::int64_t first, std::int64_t count, const std::int32_t* rows,
+                 Workspace& w) {
   const PathScoreModel& m = p.model;
-  find_rows(p, first, count, w.rows);
-  const Batch batch{count, w.rows, p.z == nullptr ? nullptr : p.z + first};
-  for (int index = 0; index < m.num_networks; ++index) network(m, batch, index, w);
+  const Batch batch{count, rows, p.z == nullptr ? nullptr : p.z + first};
+  for (int index = 0; index < m.num_networks; ++index) {
+    network(m, batch, index, w);
+    if (m.num_dense == 0) continue;
+    float* member = w.members + index * kBatch;
+    for (std::int64_t path = 0; path < count; ++path) member[path] = sum_lanes(w.partial + path * kLanes);
+  }
   for (int index = 0; index < m.num_kernels; ++index) {
     const std::int64_t column =
         m.num_networks * m.first_width() + static_cast<std::int64_t>(index) * m.kernel_width;
@@ -162,7 +155,7 @@ double flops_of_path(const PathScoreModel& m) {
 
 // Few enough that their hidden layer and the weights share L1, where the weights fit it at all.
 std::int64_t batch_size(const PathScoreModel& m) {
-  constexpr std::int64_t kL1Floats = 8 * 1024, kSmallBatch = 24;
+  constexpr std::int64_t kL1Floats = 8 * 1024, kSmallBatch = 48;
   const std::int64_t weights = m.num_dense > 0 ? static_cast<std::int64_t>(m.widths[0]) * m.widths[1] : 0;
   return weights <= kL1Floats ? kSmallBatch : kBatch;
 }
@@ -170,14 +163,20 @@ std::int64_t batch_size(const PathScoreModel& m) {
 }  // namespace
 
 void path_score(const PathScoreParams& p) {
-  constexpr std::int64_t kItem = 8 * kBatch;
-  const std::int64_t batch = batch_size(p.model);
-  const double flops = flops_of_path(p.model) * static_cast<double>(p.num_paths);
+  constexpr std::int64_t kItem = 5 * kRowStride;
+  const PathScoreModel& m = p.model;
+  const std::int64_t batch = batch_size(m), group = kRowStride / batch * batch;
+  const double flops = flops_of_path(m) * static_cast<double>(p.num_paths);
   parallel_for(ceil_div(p.num_paths, kItem), flops, [&](std::int64_t item) {
-    Workspace workspace(p.model);
+    Workspace w(m);
     const std::int64_t end = min_of(p.num_paths, (item + 1) * kItem);
-    for (std::int64_t first = item * kItem; first < end; first += batch) {
-      score_batch(p, first, min_of(batch, end - first), workspace);
+    for (std::int64_t start = item * kItem; start < end; start += group) {
+      const std::int64_t stop = min_of(end, start + group);
+      find_rows({p.codes, p.slot_stride, p.path_stride}, m.lookups, m.num_lookups, start, stop - start,
+                m.block, w.rows, kRowStride);
+      for (std::int64_t first = start; first < stop; first += batch) {
+        score_batch(p, first, min_of(batch, stop - first), w.rows + (first - start), w);
+      }
     }
   });
 }

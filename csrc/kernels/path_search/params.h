@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "kernels/path_score/int8_params.h"
 #include "kernels/path_score/params.h"
 
 namespace pfnas {
@@ -106,9 +107,19 @@ struct EvolveParams {
 
 void evolve_paths(EvolveParams& p);
 
+// A cheaper score that is never further than `eps` from the scorer's: only paths that it cannot rule out are
+// scored exactly, and the result is the same.
+struct Sift {
+  Int8Model model;
+  void (*score)(const Int8ScoreParams&) = nullptr;  // null: no sifting
+  bool use_vnni = false;
+  double eps = 0;
+};
+
 struct FloodParams {
   DrawParams draw;  // its codes and costs are not used
   BudgetScorer scorer;
+  Sift sift;
   Thresholds thresholds;  // of the scorer's own scores
   int top_k = 0;
   std::uint8_t* codes = nullptr;  // out, [top_k][num_slots], distinct, best first
@@ -116,6 +127,7 @@ struct FloodParams {
   double* costs = nullptr;        // out, [top_k]
   std::int64_t num_found = 0;     // out
   std::int64_t num_accepted = 0;  // out: draws that the thresholds accept
+  std::int64_t num_exact = 0;     // out: draws scored exactly
 };
 
 void flood_paths(FloodParams& p);

@@ -36,28 +36,42 @@ class BatchScores {
  public:
   void run(const BudgetScorer& scorer, const std::uint8_t* codes, int num_slots, std::int64_t count,
            const double* log_costs) {
-    scores.resize(static_cast<std::size_t>(count));
     PathScoreParams p;
     p.model = scorer.model;
-    p.num_paths = count;
-    p.codes = codes;
-    p.path_stride = num_slots;
-    p.slot_stride = 1;
-    if (scorer.model.needs_budget()) {
-      z_.resize(static_cast<std::size_t>(count));
-      for (std::int64_t i = 0; i < count; ++i) {
-        z_[static_cast<std::size_t>(i)] =
-            static_cast<float>((log_costs[i] - scorer.log_mean) / scorer.log_scale);
-      }
-      p.z = z_.data();
-    }
-    p.scores = scores.data();
+    prepare(p, scorer, codes, num_slots, count, log_costs);
     if (count > 0) scorer.score(p);
+  }
+
+  void run_int8(const Sift& sift, const BudgetScorer& scorer, const std::uint8_t* codes, int num_slots,
+                std::int64_t count, const double* log_costs) {
+    Int8ScoreParams p;
+    p.model = sift.model;
+    p.use_vnni = sift.use_vnni;
+    prepare(p, scorer, codes, num_slots, count, log_costs);
+    if (count > 0) sift.score(p);
   }
 
   std::vector<float> scores;
 
  private:
+  template <class Params>
+  void prepare(Params& p, const BudgetScorer& scorer, const std::uint8_t* codes, int num_slots,
+               std::int64_t count, const double* log_costs) {
+    scores.resize(static_cast<std::size_t>(count));
+    p.num_paths = count;
+    p.codes = codes;
+    p.path_stride = num_slots;
+    p.slot_stride = 1;
+    p.scores = scores.data();
+    if (!scorer.model.needs_budget()) return;
+    z_.resize(static_cast<std::size_t>(count));
+    for (std::int64_t i = 0; i < count; ++i) {
+      z_[static_cast<std::size_t>(i)] =
+          static_cast<float>((log_costs[i] - scorer.log_mean) / scorer.log_scale);
+    }
+    p.z = z_.data();
+  }
+
   std::vector<float> z_;
 };
 

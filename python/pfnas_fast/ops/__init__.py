@@ -11,6 +11,7 @@ from pfnas_fast.ops.dynamic_pointwise_conv import (
 )
 from pfnas_fast.ops.path_cost import CostTable, path_cost
 from pfnas_fast.ops.path_score import KernelTables, NetworkTables, PackedRanker, RankerTables, path_score
+from pfnas_fast.ops.path_score_int8 import Int8Ranker, best_paths, path_score_int8
 from pfnas_fast.ops.path_search import BudgetRanker, Flood, SearchSpace
 from pfnas_fast.ops.train_mbconv import train_mbconv
 
@@ -18,17 +19,20 @@ __all__ = [
     "BudgetRanker",
     "CostTable",
     "Flood",
+    "Int8Ranker",
     "KernelTables",
     "NetworkTables",
     "PackedRanker",
     "RankerTables",
     "SearchSpace",
+    "best_paths",
     "dynamic_depthwise_conv",
     "dynamic_pointwise_conv",
     "dynamic_pointwise_conv_moments",
     "pack_pointwise_weight",
     "path_cost",
     "path_score",
+    "path_score_int8",
     "pooled_bytes",
     "reference",
     "release_memory",

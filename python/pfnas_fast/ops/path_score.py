@@ -150,7 +150,7 @@ def _columns(parts: list[Tensor | None], shapes: list[torch.Size]) -> Tensor | N
     return torch.cat([_pad_to(part, _COLUMNS).flatten(-2) for part in filled], dim=-1)
 
 
-def _lookups(num_slots: int, num_codes: int, width: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def lookups(num_slots: int, num_codes: int, width: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """What each path looks up ([num_lookups, 4] int32, the kernels' `ScoreLookup`); how to expand a table.
 
     Slots are joined in pairs where the table of all pairs is small enough; a row then is the sum of two.
@@ -199,7 +199,7 @@ def _pack(t: RankerTables) -> dict[str, Any]:
     table = _columns([part.table for part in parts], shapes)
     assert table is not None
     linear = None if t.linear is None else _pad_to(t.linear, _PANEL)
-    lookups, expand = _lookups(
+    rows, expand = lookups(
         t.num_slots, t.num_codes, table.shape[1] + (0 if linear is None else linear.shape[1])
     )
     table = expand(table)
@@ -210,9 +210,9 @@ def _pack(t: RankerTables) -> dict[str, Any]:
     block = 2 * _COLUMNS if whole else _COLUMNS
     fields: dict[str, Any] = {
         "num_slots": t.num_slots,
-        "num_lookups": len(lookups),
+        "num_lookups": len(rows),
         "num_rows": len(table),
-        "lookups": lookups,
+        "lookups": rows,
         "block": block,
         "table": table.view(len(table), -1, block).transpose(0, 1).contiguous(),
         "offset": _columns([part.offset for part in parts], shapes),

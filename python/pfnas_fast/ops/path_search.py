@@ -18,6 +18,7 @@ import torch
 from pfnas_fast.errors import InputError
 from pfnas_fast.ops._library import _C
 from pfnas_fast.ops.path_score import PackedRanker
+from pfnas_fast.ops.path_score_int8 import Int8Ranker
 
 __all__ = ["BudgetRanker", "Flood", "SearchSpace"]
 
@@ -46,6 +47,7 @@ class Flood:
         scores: float64 [k].
         costs: float64 [k].
         num_accepted: Draws that the thresholds accept.
+        num_exact: Draws scored exactly: all of them without a sift.
         acceptance: Share of walks through the tables that were in their window.
     """
 
@@ -53,6 +55,7 @@ class Flood:
     scores: np.ndarray
     costs: np.ndarray
     num_accepted: int
+    num_exact: int
     acceptance: float
 
 
@@ -271,6 +274,7 @@ class SearchSpace:
         window: float = 0.0,
         resolutions: Sequence[int] | None = None,
         thresholds: tuple[np.ndarray, np.ndarray] | None = None,
+        sift: Int8Ranker | None = None,
     ) -> Flood:
         """Draw `n` paths as `draw` does, score them, keep the best distinct ones; memory does not grow.
 
@@ -280,13 +284,21 @@ class SearchSpace:
             low, high, seed, window, resolutions: See `draw`.
             top_k: Distinct paths wanted.
             thresholds: (log costs ascending, scores): paths below are left out.
+            sift: The scorer's own ranker in 8-bit integers: only paths that it cannot rule out are scored
+                exactly. The result is the same.
 
         Returns:
             The best, and counts.
+
+        Raises:
+            InputError: `sift` is of another ranker, or the window leaves the budgets its error bound holds
+                for.
         """
+        if sift is not None:
+            self._check_sift(sift, scorer, low, high)
         codes = torch.zeros(top_k, self.space.num_slots, dtype=torch.uint8)
         scores, costs = torch.zeros(top_k, dtype=torch.float64), torch.zeros(top_k, dtype=torch.float64)
-        found, drawn, missing, accepted = _C.flood_paths(
+        found, drawn, missing, accepted, exact = _C.flood_paths(
             self._handle,
             {
                 **_scorer_fields(scorer, thresholds),
@@ -300,6 +312,8 @@ class SearchSpace:
                 "codes": codes,
                 "scores": scores,
                 "costs": costs,
+                "sift": None if sift is None else sift.handle,
+                "sift_eps": 0.0 if sift is None else sift.eps,
             },
         )
         return Flood(
@@ -307,8 +321,21 @@ class SearchSpace:
             scores.numpy()[:found].copy(),
             costs.numpy()[:found].copy(),
             accepted,
+            exact,
             (n - missing) / drawn if drawn else 1.0,
         )
+
+    def _check_sift(self, sift: Int8Ranker, scorer: BudgetRanker, low: float, high: float) -> None:
+        if sift.tables is not scorer.ranker.tables:
+            raise InputError("SearchSpace.flood: expected the scorer's own tables for sift, got others")
+        smallest, largest = self.cost.range()
+        ends = np.log([max(low, smallest), min(max(high, smallest), largest)])
+        z_low, z_high = (ends - scorer.log_mean) / scorer.log_scale
+        if z_low < sift.z_range[0] or z_high > sift.z_range[1]:
+            raise InputError(
+                f"SearchSpace.flood: expected budgets within z {sift.z_range[0]:g} to {sift.z_range[1]:g}, "
+                f"for which sift was built, got {z_low:g} to {z_high:g}"
+            )
 
 
 def _scorer_fields(scorer: BudgetRanker, thresholds: tuple[np.ndarray, np.ndarray] | None) -> dict[str, Any]:
