@@ -128,7 +128,7 @@ def evolve(
         Once-for-All (arXiv:1908.09791), sec. 3.4 and its published search settings.
     """
     config = config or EvolutionConfig()
-    if isinstance(scorer, PathFilter) and (pruned is None or isinstance(pruned.scorer, PathFilter)):
+    if all(_is_compiled(ranker) for ranker in (scorer, *(() if pruned is None else (pruned.scorer,)))):
         return _evolve_compiled(scorer, cost, initial, low_m, high_m, rng, top_k, pruned, resolution, config)
     operators = GeneOperators(cost)
     inside, outside = _Archive(top_k, initial.shape[1]), _Archive(top_k, initial.shape[1])
@@ -158,6 +158,10 @@ def evolve(
         current, macs_m = current[feasible], macs_m[feasible]
     population = np.concatenate([inside.population, outside.population])[:top_k]
     return population, np.concatenate([inside.scores, outside.scores])[:top_k]
+
+
+def _is_compiled(ranker: Any) -> bool:
+    return isinstance(ranker, PathFilter) and ranker.condition != "film"
 
 
 def _evolve_compiled(
