@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from pfnas_fast.errors import InputError
+from pfnas_fast.filter.exact import ExactSampler
 from pfnas_fast.filter.thresholds import BudgetThresholds, PathScorer
 
 __all__ = ["Balanced", "BestUp", "Filtered", "RandomPrune", "Sampler", "Uniform"]
@@ -75,9 +76,7 @@ class _Base:
         return self
 
     def _prepare(self) -> None:
-        from pfnas_fast.space import BudgetSampler
-
-        self._budgets = BudgetSampler(self.cost)
+        pass
 
     def _require_bound(self) -> None:
         if self.cost is None:
@@ -129,9 +128,6 @@ class _Base:
 class Uniform(_Base):
     """Once-for-All's gene measure: depth uniform, then each active gene, then the resolution."""
 
-    def _prepare(self) -> None:
-        pass
-
     def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
         """See `Sampler`."""
         from pfnas_fast.space import uniform_population
@@ -146,10 +142,13 @@ class Balanced(_Base):
         super().__init__(space)
         self.window = window
 
+    def _prepare(self) -> None:
+        self._budgets = ExactSampler(self.cost, window=self.window)
+
     def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
         """See `Sampler`."""
         self._require_bound()
-        return self._budgets.sample_log_uniform(rng, n, window=self.window)
+        return self._budgets.sample_log_uniform(rng, n)
 
 
 class _Rejecting(Balanced):
