@@ -9,6 +9,7 @@ seen in fitting. NAS-Bench-Macro: fitted on training run 1, judged on the mean o
 - ``tau_within``: mean over bins of Kendall's tau-b; ``tau_global``: over all rows; ``tau_local``: over the
   pairs within 10 % in MACs.
 - ``regret``: mean over bins of the best label less the label of the path scored best.
+- ``regret_low``, ``regret_high``: its 95 % interval over draws.
 - ``versus_best_low``: lower end of the paired 95 % interval (Student's t over draws) of tau_within less the
   best rival's; null for the rivals.
 """
@@ -28,17 +29,23 @@ from typing import Any
 
 import numpy as np
 
-from pfnas_fast.filter import PathFilter
+from pfnas_fast.filter import PathFilter, RankerConfig, WeakPathFilter
 from pfnas_fast.filter.metrics import cost_bins, regret, tau_within_groups
 from pfnas_fast.filter.rivals import RIVALS, Rival
 
 NUM_BINS = 8
 CELLS = ("macro/100", "macro/500", "accel/100", "accel/500")
+# Conditioning, loss and labels of the networks alone, then the parts of the whole.
+NETWORKS: dict[str, Any] = {"network_share": 1.0}
 ABLATION: dict[str, dict[str, Any]] = {
-    "networks": {"network_share": 1.0},
-    "networks, unconditioned": {"network_share": 1.0, "condition": "none"},
-    "networks, all pairs alike": {"network_share": 1.0, "bandwidths": (None,)},
-    "networks, pairs near in MACs": {"network_share": 1.0, "bandwidths": (0.3,)},
+    "networks": NETWORKS,
+    "networks, FiLM": {**NETWORKS, "condition": "film"},
+    "networks, unconditioned": {**NETWORKS, "condition": "none"},
+    "networks, all pairs alike": {**NETWORKS, "bandwidths": (None,)},
+    "networks, pairs near in MACs": {**NETWORKS, "bandwidths": (0.3,)},
+    "networks, pairs within 2 %": {**NETWORKS, "bandwidths": (0.02,)},
+    "networks, pairs and regression": {**NETWORKS, "config": RankerConfig(regression=1.0)},
+    "networks, hard targets": {**NETWORKS, "config": RankerConfig(softness=0.0)},
     "processes": {"network_share": 0.0},
     "processes, unconditioned": {"network_share": 0.0, "condition": "none"},
     "ours, unconditioned": {"condition": "none"},
@@ -141,6 +148,7 @@ def models_for(table: Table, *, ablation: bool) -> dict[str, Callable[[], Any]]:
     if ablation:
         for name, settings in ABLATION.items():
             makers[name] = lambda settings=settings: PathFilter(num_choices=table.num_choices, **settings)
+        makers["weak paths (positive-unlabelled)"] = lambda: WeakPathFilter(num_choices=table.num_choices)
     return makers
 
 
@@ -155,7 +163,43 @@ def paired_interval(difference: np.ndarray) -> tuple[float, float]:
     return float(difference.mean()) - half, float(difference.mean()) + half
 
 
-def run_cell(folder: Path, cell: str, *, num_draws: int, ablation: bool) -> list[dict[str, Any]]:
+class Results:
+    """Measurements by (cell, model, draw), kept in a file so that a long run can be made in pieces.
+
+    Args:
+        file: JSON lines; None = kept in memory only. Delete it when the models change.
+        seconds: Stop measuring after this long.
+    """
+
+    def __init__(self, file: Path | None, seconds: float) -> None:
+        self.file, self.end = file, time.perf_counter() + seconds
+        self.rows: dict[tuple[str, str, int], dict[str, float]] = {}
+        if file is not None and file.exists():
+            for line in file.read_text().splitlines():
+                entry = json.loads(line)
+                self.rows[entry["cell"], entry["model"], entry["draw"]] = entry["values"]
+
+    def get(self, cell: str, model: str, draw: int, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """A measurement, made if it is not there yet.
+
+        Raises:
+            TimeoutError: the time is over; what was measured so far is in the file.
+        """
+        key = cell, model, draw
+        if key not in self.rows:
+            if time.perf_counter() > self.end:
+                raise TimeoutError(f"stopped at {cell}, draw {draw + 1}, {model}; run again to go on")
+            self.rows[key] = make()
+            if self.file is not None:
+                entry = {"cell": cell, "model": model, "draw": draw, "values": self.rows[key]}
+                with self.file.open("a") as stream:
+                    stream.write(json.dumps(entry) + "\n")
+        return self.rows[key]
+
+
+def run_cell(
+    folder: Path, cell: str, *, num_draws: int, ablation: bool, kept: Results
+) -> list[dict[str, Any]]:
     """All models on one cell."""
     name, num_labels = cell.split("/")
     table = load_table(folder, name)
@@ -164,7 +208,14 @@ def run_cell(folder: Path, cell: str, *, num_draws: int, ablation: bool) -> list
     for draw in range(num_draws):
         rows = draw_rows(table.bins, int(num_labels), draw)
         for model, make in makers.items():
-            results[model].append(measure(make(), table, rows, draw))
+            results[model].append(
+                kept.get(
+                    cell,
+                    model,
+                    draw,
+                    lambda make=make, rows=rows, draw=draw: measure(make(), table, rows, draw),
+                )
+            )
         print(f"{cell}: draw {draw + 1} of {num_draws}", file=sys.stderr, flush=True)
     values = {
         m: {key: np.array([row[key] for row in rows]) for key in rows[0]} for m, rows in results.items()
@@ -180,6 +231,8 @@ def run_cell(folder: Path, cell: str, *, num_draws: int, ablation: bool) -> list
             row["versus_best_low"], row["versus_best_high"] = round(low, 5), round(high, 5)
             low, _ = paired_interval(columns["regret"] - values[best]["regret"])
             row["regret_versus_best_low"] = round(low, 5)
+        low, high = paired_interval(columns["regret"])
+        row["regret_low"], row["regret_high"] = round(low, 5), round(high, 5)
         row |= {"best_rival": best, "num_draws": num_draws}
         cells.append(row)
     return cells
@@ -198,23 +251,32 @@ def main() -> None:
         "--ablation", action="store_true", help="parts and conditioning of the filter as well"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--keep", type=Path, help="file of measurements: a run that was stopped goes on from it"
+    )
+    parser.add_argument("--seconds", type=float, default=np.inf, help="stop after this long; needs --keep")
     options = parser.parse_args()
     if not options.tables.is_dir():
         parser.error(f"no such folder: {options.tables}")
-    rows = []
-    for cell in options.cells:
-        rows += run_cell(options.tables, cell, num_draws=options.draws, ablation=options.ablation)
+    rows, kept = [], Results(options.keep, options.seconds)
+    try:
+        for cell in options.cells:
+            rows += run_cell(
+                options.tables, cell, num_draws=options.draws, ablation=options.ablation, kept=kept
+            )
+    except TimeoutError as stopped:
+        sys.exit(str(stopped))
     if options.json:
         print(json.dumps(rows, indent=1))
         return
     titles = f"{'within':>7} {'global':>7} {'local':>7} {'regret':>7} {'vs best rival':>18} {'fit s':>6}"
-    print(f"{'cell':10} {'model':30} {titles}")
+    print(f"{'cell':10} {'model':33} {titles}")
     for row in rows:
         interval = ""
         if row["versus_best_low"] is not None:
             interval = f"{row['versus_best_low']:+.4f} .. {row['versus_best_high']:+.4f}"
         numbers = " ".join(f"{row[key]:7.4f}" for key in ("tau_within", "tau_global", "tau_local", "regret"))
-        print(f"{row['name']:10} {row['model']:30} {numbers} {interval:>18} {row['fit_s']:6.2f}")
+        print(f"{row['name']:10} {row['model']:33} {numbers} {interval:>18} {row['fit_s']:6.2f}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pfnas_fast.errors import InputError
-from pfnas_fast.filter import BudgetThresholds, ExactSampler, Filtered, PathFilter
+from pfnas_fast.filter import BudgetThresholds, ExactSampler, Filtered, PathFilter, RankerConfig
 from pfnas_fast.filter.kernel import KernelScorer
 from pfnas_fast.filter.network import LookupScorer
 from pfnas_fast.search import EvolutionConfig, search_candidates
@@ -77,15 +77,25 @@ def test_scores_equal_those_of_the_parts(cost, condition, share):
     assert (score == flt.score(paths)).all()  # MACs by its own cost model
 
 
-def test_many_scores_need_little_memory(flt, cost):
-    """10^7 paths fit: per path codes, a float64 cost, float32 budget and score; nothing per weight."""
-    paths = np.tile(uniform_population(cost.space, np.random.default_rng(2), 1000), (300, 1))
-    macs_m = np.tile(cost.macs_m(paths[:1000]), 300)
+def test_ten_million_paths_in_bounded_memory(cost):
+    """Beside the population (a byte a gene) less than another byte a gene and a constant."""
+    few = uniform_population(cost.space, np.random.default_rng(2), 1000)
+    flt = fit(cost, network_share=1.0, config=RankerConfig(hidden=(16, 16), num_steps=20))
+    paths = np.tile(few, (10_000, 1))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    scores = flt.score(paths, macs_m)
+    scores = flt.score(paths)
     grown_bytes = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    assert grown_bytes < len(paths) * 40 + 5e6
-    assert (scores.reshape(300, 1000) == scores[:1000]).all()
+    assert scores.shape == (10_000_000,)
+    assert grown_bytes < paths.size + 32e6
+    assert (scores.reshape(-1, 1000) == flt.score(few)).all()
+
+
+def test_chunks_refuse_what_the_whole_would(flt, cost):
+    paths = np.tile(uniform_population(cost.space, np.random.default_rng(2), 1000), (300, 1))
+    with pytest.raises(InputError, match=r"expected shape \[300000\] for macs_m, got \[299999\]"):
+        flt.score(paths, np.ones(299_999))
+    with pytest.raises(InputError, match="macs_m > 0"):
+        flt.score(paths, np.r_[np.ones(299_999), 0.0])
 
 
 def test_search_goes_through_the_engine_and_respects_everything(flt, cost):

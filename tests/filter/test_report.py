@@ -44,6 +44,11 @@ def test_a_filter_that_knows_something_is_used(tmp_path):
     assert report["tau"]["global"]["macs_only"] > within["macs_only"]
     assert report["regret"]["filter"] < report["regret"]["random"]
     assert report["top_k_recall"]["filter"] > report["top_k_recall"]["macs_only"]
+    for name in ("regret", "top_k_recall"):
+        assert report[name]["filter_low"] < report[name]["filter"] < report[name]["filter_high"]
+    curve = report["sample_efficiency"]
+    assert [row["num_labels"] for row in curve] == [34, 62, 96]
+    assert curve[0]["tau_within"] < curve[-1]["tau_within"]
     assert json.loads(json.dumps(report)) == report
     assert (tmp_path / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 

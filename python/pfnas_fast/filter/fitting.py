@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -115,12 +116,15 @@ def _held_out_networks(
     config: RankerConfig,
     seed: int,
     folds: np.ndarray,
+    film: bool,
 ) -> np.ndarray:
     """Each path's score by networks that did not see its fold: all folds trained at once, as members."""
     num_folds = int(folds.max()) + 1
     masks = torch.from_numpy(np.stack([folds != fold for fold in range(num_folds)])).float()
     targets = _targets(data, bandwidth, config)
-    network = train_ensemble(inputs, labels, targets, config, num_members=num_folds, seed=seed, masks=masks)
+    network = train_ensemble(
+        inputs, labels, targets, config, num_members=num_folds, seed=seed, masks=masks, film=film
+    )
     with torch.inference_mode():
         scores = network(inputs)
     scores = (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True).clamp_min(1e-6)
@@ -144,6 +148,8 @@ def fit_parts(
     bandwidths: Sequence[float | None],
     share: float | None,
     seed: int,
+    film: bool = False,
+    start: RankerEnsemble | None = None,
 ) -> FittedParts:
     """Fit both parts; choose h and the networks' share by cross-validation on pairs of similar cost.
 
@@ -157,6 +163,8 @@ def fit_parts(
         bandwidths: Grid for h.
         share: The networks' share in [0, 1]; None = chosen.
         seed: Fixes everything.
+        film: The budget modulates the networks.
+        start: Networks to go on from, in a third of the steps; None starts afresh.
 
     Returns:
         The parts.
@@ -178,7 +186,7 @@ def fit_parts(
         judge = pair_targets(data.labels, data.log_macs, bandwidth=_JUDGE_BANDWIDTH)
         best = -np.inf
         for candidate in bandwidths:
-            networks = _held_out_networks(inputs, labels, data, candidate, config, seed, folds)
+            networks = _held_out_networks(inputs, labels, data, candidate, config, seed, folds, film)
             for weight in _SHARES if share is None else (share,):
                 value = _agreement(networks, held_out, rows, weight, judge)
                 if value > best + 1e-9:
@@ -186,7 +194,11 @@ def fit_parts(
     network = None
     if chosen > 0.0:
         targets = _targets(data, bandwidth, config)
-        network = train_ensemble(inputs, labels, targets, config, num_members=num_members, seed=seed)
+        if start is not None:
+            start, config = copy.deepcopy(start), replace(config, num_steps=max(1, config.num_steps // 3))
+        network = train_ensemble(
+            inputs, labels, targets, config, num_members=num_members, seed=seed, network=start, film=film
+        )
     return FittedParts(network, kernels, chosen, bandwidth)
 
 

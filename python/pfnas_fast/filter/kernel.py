@@ -59,6 +59,38 @@ class KernelModel:
         covariance = _covariance(self.theta, self.groups, features, budget, self.features, self.budget)
         return covariance @ self.alpha
 
+    def covariance(self, features: Tensor, budget: Tensor, features_2: Tensor, budget_2: Tensor) -> Tensor:
+        """Prior covariance of two sets of paths, float64 [m, m_2]; arguments as `predict`."""
+        return _covariance(self.theta, self.groups, features, budget, features_2, budget_2)
+
+    def noise(self) -> float:
+        """Variance of a label's noise, in units of the labels' variance."""
+        return float(torch.exp(self.theta[7]))
+
+    def posterior(self, features: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
+        """What the labels leave open.
+
+        Args:
+            features: float64 [m, F], centred as the labelled paths' were.
+            budget: float64 [m].
+
+        Returns:
+            (variance float64 [m], whitened covariance with the labelled paths [n, m]: the posterior
+            covariance is the prior's less the Gram matrix of its columns). Noise is taken as equal for all
+            labels.
+        """
+        gram = self.covariance(self.features, self.budget, self.features, self.budget)
+        gram.diagonal().add_(self.noise() + _JITTER)
+        cross = self.covariance(self.features, self.budget, features, budget)
+        shared = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), cross, upper=False)
+        prior = torch.cat(
+            [
+                self.covariance(x, z, x, z).diagonal()
+                for x, z in zip(features.split(256), budget.split(256), strict=True)
+            ]
+        )
+        return prior - (shared**2).sum(0), shared
+
     def state(self) -> dict[str, Tensor]:
         """The fields as a dict of tensors; `KernelModel(**state)` is the way back."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}

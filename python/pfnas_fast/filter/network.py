@@ -25,6 +25,8 @@ class RankerEnsemble(nn.Module):
         num_members: E, members of the ensemble.
         dropout: Probability of dropping a unit of the hidden layers during training.
         generator: Source of the initial weights.
+        film: The budget scales and shifts the first hidden layer, ``(1 + a z) (W1 x + b1) + c z``, instead of
+            being one input of it (FiLM, arXiv:1709.07871); the skip sees it as before.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class RankerEnsemble(nn.Module):
         num_members: int,
         generator: torch.Generator,
         dropout: float = 0.0,
+        film: bool = False,
     ) -> None:
         super().__init__()
         self.hidden = hidden
@@ -53,12 +56,20 @@ class RankerEnsemble(nn.Module):
         self.bias_2 = nn.Parameter(torch.zeros(num_members, 1, second))
         self.weight_3 = weights(second, 1, gain=0.1)  # [E, H2, 1]
         self.skip = nn.Parameter(torch.zeros(num_members, num_features, 1))  # [E, F, 1]
+        self.film = nn.Parameter(torch.zeros(2, num_members, 1, first)) if film else None  # a, c
 
     def _drop(self, hidden: Tensor) -> Tensor:
         if not self.training or self.dropout == 0.0:
             return hidden
         keep = torch.rand(hidden.shape, generator=self.generator) >= self.dropout
         return hidden * keep / (1.0 - self.dropout)
+
+    def _first_layer(self, x: Tensor) -> Tensor:
+        if self.film is None:
+            return torch.baddbmm(self.bias_1, x, self.weight_1)
+        genes, z = x[..., :-1], x[..., -1:]
+        scale, shift = self.film.unbind(0)
+        return (1.0 + scale * z) * torch.baddbmm(self.bias_1, genes, self.weight_1[:, :-1]) + shift * z
 
     def forward(self, features: Tensor) -> Tensor:
         """Score paths.
@@ -70,7 +81,7 @@ class RankerEnsemble(nn.Module):
             [E, n].
         """
         x = features if features.dim() == 3 else features.expand(self.num_members, -1, -1)
-        hidden = self._drop(F.relu(torch.baddbmm(self.bias_1, x, self.weight_1)))
+        hidden = self._drop(F.relu(self._first_layer(x)))
         hidden = self._drop(F.relu(torch.baddbmm(self.bias_2, hidden, self.weight_2)))
         return (torch.bmm(hidden, self.weight_3) + torch.bmm(x, self.skip)).squeeze(2)
 

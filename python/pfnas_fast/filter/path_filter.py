@@ -22,7 +22,8 @@ from pfnas_fast.ops import BudgetRanker, CostTable, path_cost, path_score
 
 __all__ = ["PathFilter"]
 
-_CONDITIONS = ("concat", "none")
+_CONDITIONS = ("concat", "film", "none")
+_CHUNK = 1 << 18  # paths scored at once: what is computed on the way stays small
 
 
 class PathFilter:
@@ -38,7 +39,9 @@ class PathFilter:
         space: A `pfnas_fast.space.Space`; None with `num_choices`.
         num_choices: Choices per gene of a plain architecture table, instead of a space.
         cost: `CostModel` that gives a path's whole-detector MACs where `score` gets none.
-        condition: "concat" = the budget is an input; "none" = genes only.
+        condition: "concat" = the budget is an input; "film" = it scales and shifts the networks' first layer
+            (for comparison: networks only, network_share=1, scored by torch and not by the compiled search);
+            "none" = genes only.
         num_members: Members of the ensemble.
         bandwidths: Grid for h; None in it = all pairs alike. More than one value: chosen by cross-validation.
         network_share: Share of the networks in the score, 0..1; None = chosen by cross-validation.
@@ -80,6 +83,11 @@ class PathFilter:
             raise InputError(f"PathFilter: expected None or numbers > 0 for bandwidths, got {bandwidths}")
         if network_share is not None and not 0.0 <= network_share <= 1.0:
             raise InputError(f"PathFilter: expected None or 0..1 for network_share, got {network_share}")
+        if condition == "film" and network_share != 1.0:
+            raise InputError(
+                f'PathFilter: expected network_share=1 for condition "film", got {network_share}: the '
+                "processes have no such form"
+            )
         self.encoding = GeneEncoding.of(space, num_choices)
         self.space = space
         self.cost = cost
@@ -116,6 +124,7 @@ class PathFilter:
         *,
         label_sd: Any = None,
         seed: int = 0,
+        warm_start: bool = False,
     ) -> PathFilter:
         """Learn the ranking from labelled paths.
 
@@ -126,6 +135,9 @@ class PathFilter:
             macs_m: [n], whole-detector MACs in millions.
             label_sd: Noise of the labels in their unit: a number, [n], or [n, n] for each difference.
             seed: Fixes the result bitwise.
+            warm_start: Go on from the networks of the last `fit` in a third of the steps, for labels that
+                moved a little (a refresh in mid-training); the processes are fitted anew, in no time. Without
+                an earlier fit: as False.
 
         Returns:
             self.
@@ -137,6 +149,7 @@ class PathFilter:
         """
         data = collect_labels(self.encoding, paths, labels, macs_m, label_sd=label_sd)
         features = self.encoding.features(data.codes)
+        start = self.parts.network if warm_start and self.parts is not None else None
         self._norm = {
             "feature_mean": torch.from_numpy(features.mean(0)),
             "budget_mean": torch.tensor(data.log_macs.mean()),
@@ -152,6 +165,8 @@ class PathFilter:
             bandwidths=self.bandwidths,
             share=self.network_share,
             seed=seed,
+            film=self.condition == "film",
+            start=start,
         )
         self._set_scales(data)
         self._fold()
@@ -178,6 +193,9 @@ class PathFilter:
         if self.parts is None:
             raise RuntimeError("PathFilter: nothing to fold")
         norm, design = self._norm, self.encoding.design()
+        if self.condition == "film":
+            self._weights = torch.full((self.num_members,), 1.0 / self.num_members)
+            return
         mean, scale = norm["score_mean"], norm["score_scale"]
         num_networks = len(mean) - len(self.parts.kernels)
         networks = None
@@ -212,6 +230,9 @@ class PathFilter:
         self, codes: np.ndarray, z: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The score float32 [n], and every member's, float32 [members, n]."""
+        if self.condition == "film" and z is not None:
+            members = self._film_members(codes, z)
+            return self._weights @ members, members
         if self._packed is None:
             raise RuntimeError("PathFilter: nothing folded")
         scores, members = path_score(self._packed.ranker, codes, z, members=True)
@@ -219,16 +240,38 @@ class PathFilter:
             members = members + self._packed.member_curves(z)
         return scores, members
 
+    @torch.inference_mode()
+    def _film_members(self, codes: np.ndarray, z: torch.Tensor) -> torch.Tensor:
+        """Every network's score, float32 [members, n]; the budget multiplies, so nothing can be folded."""
+        if self.parts is None or self.parts.network is None:
+            raise RuntimeError("PathFilter: nothing fitted")
+        features = torch.from_numpy(self.encoding.features(codes)) - self._norm["feature_mean"]
+        inputs = torch.cat([features, z.unsqueeze(1)], dim=1) * self.config.input_scale
+        parts = [self.parts.network(part) for part in inputs.split(1 << 14)]
+        mean, scale = self._norm["score_mean"], self._norm["score_scale"]
+        return (torch.cat(parts, dim=1) - mean.unsqueeze(1)) / scale.unsqueeze(1)
+
     def budget_ranker(self) -> BudgetRanker:
         """The fitted filter as the compiled search takes it (`pfnas_fast.ops.SearchSpace`).
 
         Raises:
-            InputError: not fitted.
+            InputError: not fitted, or condition "film", which the compiled search does not know.
         """
+        if self.condition == "film":
+            raise InputError('PathFilter.budget_ranker: expected condition "concat" or "none", got "film"')
         if self._packed is None:
             raise InputError("PathFilter.budget_ranker: expected a fitted filter, got one before fit()")
         mean, scale = float(self._norm["budget_mean"]), float(self._norm["budget_scale"])
         return BudgetRanker(self._packed.ranker, mean, scale)
+
+    def normalised_inputs(self, paths: Any, macs_m: Any) -> tuple[np.ndarray, torch.Tensor]:
+        """What the parts see of paths: codes uint8 [n, num_slots], budgets float64 [n] (zeros for "none")."""
+        codes, z = self._inputs(paths, macs_m)
+        return codes, torch.zeros(len(codes), dtype=torch.float64) if z is None else z.double()
+
+    def feature_mean(self) -> torch.Tensor:
+        """What was subtracted from the features, [F]."""
+        return self._norm["feature_mean"]
 
     # ------------------------------------------------------------------ scoring
 
@@ -245,7 +288,23 @@ class PathFilter:
         Raises:
             InputError: not fitted, or `macs_m` missing while no `cost` was given, or of another length.
         """
+        num_paths = len(paths) if hasattr(paths, "__len__") else 0
+        if num_paths <= _CHUNK:
+            return self._score_chunk(paths, macs_m)
+        if macs_m is not None and np.shape(macs_m) != (num_paths,):
+            raise InputError(
+                f"PathFilter.score: expected shape [{num_paths}] for macs_m, got {list(np.shape(macs_m))}"
+            )
+        scores = np.empty(num_paths, np.float32)
+        for start in range(0, num_paths, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            scores[part] = self._score_chunk(paths[part], None if macs_m is None else macs_m[part])
+        return scores
+
+    def _score_chunk(self, paths: Any, macs_m: Any) -> np.ndarray:
         codes, z = self._inputs(paths, macs_m)
+        if self.condition == "film":
+            return self._scores_and_members(codes, z)[0].numpy()
         if self._packed is None:
             raise RuntimeError("PathFilter: fitted but not folded")
         return path_score(self._packed.ranker, codes, z, trusted=True).numpy()
@@ -337,6 +396,7 @@ class PathFilter:
                 num_members=self.num_members,
                 generator=torch.Generator().manual_seed(0),
                 dropout=self.config.dropout,
+                film=self.condition == "film",
             ).eval()
             network.load_state_dict(state["network"])
         kernels = tuple(KernelModel(**fields) for fields in state["kernels"])

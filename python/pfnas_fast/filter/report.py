@@ -23,6 +23,7 @@ from pfnas_fast.filter.metrics import (
 __all__ = ["choose_label", "filter_report", "held_out_scores", "plot_report"]
 
 _LOCAL = 0.10  # "pairs within 10 % in cost"
+_CURVE_SHARES = (0.35, 0.65)  # of the labels, besides all of them
 
 
 def held_out_scores(
@@ -34,6 +35,7 @@ def held_out_scores(
     bins: np.ndarray,
     num_folds: int = 5,
     label_sd: Any = None,
+    share: float = 1.0,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score every path by a model that has not seen it.
@@ -46,6 +48,7 @@ def held_out_scores(
         bins: int [n], folds are balanced over them.
         num_folds: At least 2.
         label_sd: As `PathFilter.fit`.
+        share: Of the other folds' paths that a model is fitted on, chosen at random, at least 4; 1 = all.
         seed: Of the folds and the fits.
 
     Returns:
@@ -58,7 +61,10 @@ def held_out_scores(
     scores = np.empty(len(labels))
     sd = None if label_sd is None else np.asarray(label_sd, np.float64)
     for index in range(num_folds):
-        train, test = fold != index, fold == index
+        train, test = np.flatnonzero(fold != index), fold == index
+        if share < 1.0:
+            chosen = np.random.default_rng([seed, index, 0x5E]).permutation(len(train))
+            train = np.sort(train[chosen[: max(4, round(share * len(train)))]])
         part = sd
         if sd is not None and sd.ndim:
             part = sd[train] if sd.ndim == 1 else sd[np.ix_(train, train)]
@@ -146,9 +152,10 @@ def filter_report(
 
     Returns:
         JSON-ready: ``tau`` (global, within_bins, local, within_bins_and_resolution; each with the filter, its
-        95 % interval, ranking by MACs, and the interval of the difference), ``per_bin``, ``top_k_recall``,
-        ``regret``, ``label_reliability``, ``use_filter`` and ``reason``. Pairs are compared within a fold,
-        where one model scored both.
+        95 % interval, ranking by MACs, and the interval of the difference), ``per_bin``, ``top_k_recall`` and
+        ``regret`` (each with a 95 % interval over groups of one bin and fold), ``sample_efficiency`` (tau
+        within bins by number of labels), ``label_reliability``, ``use_filter`` and ``reason``. Pairs are
+        compared within a fold, where one model scored both.
 
     Raises:
         InputError: as `PathFilter.fit`, or fewer than 10 distinct paths.
@@ -181,6 +188,21 @@ def filter_report(
     }
     use_filter, reason = _decision(taus["within_bins"], n)
     groups = bins * num_folds + fold
+    curve = []
+    for share in _CURVE_SHARES:
+        part, _ = held_out_scores(
+            flt,
+            rows,
+            data.labels,
+            macs,
+            bins=bins,
+            num_folds=num_folds,
+            label_sd=data.label_sd,
+            share=share,
+            seed=seed,
+        )
+        curve.append(_curve_point(share, n, num_folds, tau_within_groups(part, data.labels, groups)))
+    curve.append(_curve_point(1.0, n, num_folds, tau_within_groups(scores, data.labels, groups)))
     report: dict[str, Any] = {
         "num_labels": len(codes_in),
         "num_distinct": n,
@@ -192,8 +214,12 @@ def filter_report(
         else 0.0,
         "tau": {name: _rows(tau) for name, tau in taus.items()},
         "per_bin": _per_bin(scores, data.labels, macs, bins, fold, num_bins),
-        "top_k_recall": _beside(top_k_recall, scores, data, groups),
-        "regret": {**_beside(regret, scores, data, groups), "random": _random_regret(data.labels, groups)},
+        "top_k_recall": _beside(top_k_recall, scores, data, groups, num_bootstrap, seed),
+        "regret": {
+            **_beside(regret, scores, data, groups, num_bootstrap, seed),
+            "random": _random_regret(data.labels, groups),
+        },
+        "sample_efficiency": curve,
         "label_reliability": _reliability(label_halves, codes_in, macs_m, num_bins),
         "use_filter": use_filter,
         "reason": reason,
@@ -221,9 +247,27 @@ def _random_regret(labels: np.ndarray, groups: np.ndarray) -> float:
     return float(np.mean([part.max() - part.mean() for part in rows]))
 
 
-def _beside(metric: Any, scores: np.ndarray, data: Any, groups: np.ndarray) -> dict[str, float]:
+def _curve_point(share: float, num_paths: int, num_folds: int, tau: float) -> dict[str, Any]:
+    num_labels = max(4, round(share * num_paths * (num_folds - 1) / num_folds))
+    return {"num_labels": num_labels, "tau_within": None if np.isnan(tau) else tau}
+
+
+def _beside(
+    metric: Any, scores: np.ndarray, data: Any, groups: np.ndarray, num_bootstrap: int, seed: int
+) -> dict[str, float]:
+    """The filter's mean over groups with its 95 % interval from resampling groups, and ranking by MACs."""
+    each = np.array(
+        [
+            metric(scores[rows], data.labels[rows], groups[rows])
+            for rows in (np.flatnonzero(groups == group) for group in np.unique(groups))
+        ]
+    )
+    draws = np.random.default_rng([seed, 0xB5]).integers(0, len(each), (num_bootstrap, len(each)))
+    low, high = np.quantile(each[draws].mean(1), [0.025, 0.975])
     return {
-        "filter": metric(scores, data.labels, groups),
+        "filter": float(each.mean()),
+        "filter_low": float(low),
+        "filter_high": float(high),
         "macs_only": metric(data.log_macs, data.labels, groups),
     }
 
@@ -273,7 +317,7 @@ def _reliability(halves: Any, codes: np.ndarray, macs_m: Any, num_bins: int) -> 
 def plot_report(
     report: dict[str, Any], scores: np.ndarray, labels: np.ndarray, macs_m: np.ndarray, png: str | FilePath
 ) -> None:
-    """Draw the report: taus beside ranking by MACs, tau per bin, labels over MACs coloured by held-out score.
+    """Draw the report: taus beside ranking by MACs, tau per bin, tau by labels, labels over MACs by score.
 
     Args:
         report: What `filter_report` returns.
@@ -285,9 +329,9 @@ def plot_report(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(17, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    left, middle, right = figure.subplots(1, 3)
+    left, middle, curve, right = figure.subplots(1, 4)
     names = [name for name, row in report["tau"].items() if row["filter"] is not None]
     for offset, key, colour in ((-0.18, "filter", "tab:blue"), (0.18, "macs_only", "tab:gray")):
         values = [report["tau"][name][key] for name in names]
@@ -311,6 +355,10 @@ def plot_report(
     middle.set_xlabel("budget bin")
     middle.set_title("tau inside each bin", fontsize=9)
     middle.legend(fontsize=8)
+    steps = [row for row in report["sample_efficiency"] if row["tau_within"] is not None]
+    curve.plot([row["num_labels"] for row in steps], [row["tau_within"] for row in steps], "o-")
+    curve.set_xlabel("labelled paths per fit")
+    curve.set_title("tau inside bins by labels", fontsize=9)
     points = right.scatter(macs_m, labels, c=scores, s=12, cmap="viridis")
     right.set_xscale("log")
     right.set_xlabel("million MACs")

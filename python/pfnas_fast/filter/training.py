@@ -82,6 +82,7 @@ def train_ensemble(
     seed: int,
     masks: Tensor | None = None,
     network: RankerEnsemble | None = None,
+    film: bool = False,
 ) -> RankerEnsemble:
     """Train all members at once.
 
@@ -94,6 +95,7 @@ def train_ensemble(
         seed: Fixes initial weights, bags and subsets.
         masks: float32 [E, n], 1 where a member may see a path (cross-validation trains its folds as members).
         network: Warm start; None starts afresh.
+        film: See `RankerEnsemble`; read where it starts afresh.
 
     Returns:
         The trained network, in eval mode.
@@ -106,6 +108,7 @@ def train_ensemble(
             num_members=num_members,
             generator=generator,
             dropout=config.dropout,
+            film=film,
         )
     if masks is None:
         masks = _member_masks(num_members, len(features), config.bagging, generator)
