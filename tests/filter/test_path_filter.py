@@ -154,7 +154,11 @@ def test_two_paths_are_enough():
 def test_film_is_its_formula_and_survives_saving():
     flt = quick(condition="film", network_share=1.0).fit(*table(80))
     paths, _, macs_m = table(30, seed=5)
-    network = flt.parts.network.double()
+    assert flt.parts is not None
+    network = flt.parts.network
+    assert network is not None
+    network.double()
+    assert network.film is not None
     codes, z = flt.normalised_inputs(paths, macs_m)
     x = (flt.encoding.features(codes) - flt.feature_mean().numpy()) * flt.config.input_scale
     z = z.float().double().numpy()[:, None] * flt.config.input_scale
@@ -167,7 +171,7 @@ def test_film_is_its_formula_and_survives_saving():
         hidden = np.maximum(hidden @ weights["weight_2"] + weights["bias_2"], 0)
         member = (hidden @ weights["weight_3"] + np.c_[x, z] @ weights["skip"])[:, 0]
         total += (member - float(flt._norm["score_mean"][e])) / float(flt._norm["score_scale"][e])
-    flt.parts.network.float()
+    network.float()
     assert np.abs(scale).max() > 0.01
     assert np.allclose(flt.score(paths, macs_m), total / flt.num_members, atol=1e-4)
     again = quick(condition="film", network_share=1.0).load_state_dict(flt.state_dict())
@@ -185,7 +189,7 @@ def test_a_warm_start_stays_near_where_a_fresh_one_goes_elsewhere():
     warm = flt.fit(paths, moved, macs_m, seed=1, warm_start=True).score(paths, macs_m)
     assert np.abs(warm - before).mean() < np.abs(fresh - before).mean()
     bins = cost_bins(macs_m, 6)
-    assert tau_within_groups(warm, worth, bins) > 0.9
+    assert tau_within_groups(warm, worth, bins) > tau_within_groups(before, worth, bins) - 0.02
     first = quick(network_share=1.0).fit(paths, worth, macs_m, warm_start=True).score(paths, macs_m)
     assert (first == before).all()
 

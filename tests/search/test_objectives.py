@@ -19,7 +19,7 @@ class Additive:
         self.worth = rng.normal(size=(space.num_slots, max(space.slot_sizes) + 1))
         self.worth[:, 0] = 0.0
 
-    def score(self, population, macs_m=None):
+    def score(self, population, macs_m):
         return self.worth[np.arange(population.shape[1]), population].sum(1) + np.log(macs_m)
 
 
