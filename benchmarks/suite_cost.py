@@ -39,7 +39,8 @@ def population(name: str) -> Comparison:
     codes = torch.randint(0, NUM_CODES, (NUM_BLOCKS + 1, NUM_PATHS), generator=g)
     codes[-1] = torch.randint(1, num_resolutions + 1, (NUM_PATHS,), generator=g)
     packed = CostTable(table.numpy(), constant.numpy(), 1e6)
-    arrays = codes.to(torch.uint8)  # [slots, n]
+    # Padded: slots a power of two apart would share their cache sets.
+    arrays = torch.empty(NUM_BLOCKS + 1, NUM_PATHS + 192, dtype=torch.uint8)[:, :NUM_PATHS].copy_(codes)
     rows = arrays.t().contiguous()  # [n, slots]
     ours_codes = rows if name == "rows" else arrays.t()
     flat = (table / 1e6).float().transpose(0, 1).reshape(NUM_BLOCKS, -1).contiguous()

@@ -58,6 +58,20 @@ def test_any_number_of_choices(tier, num_codes):
     assert torch.equal(path_cost(np.asfortranarray(codes), packed), expected(codes, table, constant))
 
 
+@pytest.mark.parametrize("largest", [2**11 - 1, 2**22 - 1, 2**22, 2**26])
+@pytest.mark.parametrize("num_blocks", [1, 31, 32, 33])
+@pytest.mark.parametrize("num_resolutions", [1, 3])
+def test_steps_of_any_size_and_many_blocks(tier, largest, num_blocks, num_resolutions):
+    """Where two digits of a step no longer hold it, or their sums not 16 bits, another way is taken."""
+    codes, table, constant = problem(150, num_blocks=num_blocks, num_resolutions=num_resolutions)
+    table[..., 1] = largest
+    table[0, 0, 2] = 1.0
+    codes[:60, :-1] = 1  # the largest sum
+    packed = CostTable(table, constant)
+    assert packed.exact_words == (packed.step > 0)
+    assert torch.equal(path_cost(np.asfortranarray(codes), packed), expected(codes, table, constant))
+
+
 def test_sums_beyond_32_bits_stay_exact(tier):
     codes, table, constant = problem(200)
     table[0, 0, 1], table[0, 0, 2] = 2**40 + 1, 2**40 + 3
