@@ -38,7 +38,7 @@ def non_negative_risk(positive: Tensor, unlabelled: Tensor, prior: float) -> Ten
 
     Example:
         >>> import torch
-        >>> float(non_negative_risk(torch.full((1, 2), 50.0), torch.full((1, 3), -50.0), 0.5))
+        >>> round(float(non_negative_risk(torch.full((1, 2), 50.0), torch.full((1, 3), -50.0), 0.5)), 6)
         0.0
     """
     missed = prior * F.softplus(-positive).mean(1)
