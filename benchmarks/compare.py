@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares our kernels with a baseline in one process: ``python benchmarks/compare.py depthwise --json``.
 
+``python benchmarks/compare.py all --device cuda --json`` runs the rows for a GPU (see suite_cuda.py).
+
 Prints rows of {name, baseline, unit, ours, theirs, ratio_min, ratio_median}: `ours` and `theirs` are minima,
 the ratios are theirs / ours of the minima and of the medians: above 1, ours is better. See README.md.
 """
@@ -9,6 +11,7 @@ import argparse
 import importlib
 import json
 import sys
+from collections.abc import Iterator
 
 from harness import Effort, Row, compare, prepare_process
 
@@ -29,11 +32,15 @@ SUITES = {
 }
 
 
+CUDA_SUITES = ("depthwise", "pointwise")
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("suite", choices=sorted(SUITES))
+    parser.add_argument("suite", choices=[*sorted(SUITES), "all"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only rows whose name contains TEXT")
     parser.add_argument("--cpu", type=int, help="logical CPU to pin to (default: the last one)")
@@ -48,21 +55,54 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def cpu_rows(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Rows of one suite, or of all."""
     prepare_process(arguments.cpu, threads=arguments.threads)
-    suite = importlib.import_module(SUITES[arguments.suite])  # imports torch, so only now
     if arguments.isa:
         from pfnas_fast._system import force_cpu_isa
 
         force_cpu_isa(arguments.isa)
     effort = Effort(min_blocks=arguments.blocks, seconds=arguments.seconds)
+    for name in sorted(SUITES) if arguments.suite == "all" else [arguments.suite]:
+        suite = importlib.import_module(SUITES[name])  # imports torch, so only after prepare_process
+        for row, build in suite.comparisons():
+            if arguments.filter in row:
+                built = build()
+                yield built if isinstance(built, Row) else compare(built, effort)
+
+
+def cuda_rows(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Rows of one op, or of all, on the current CUDA device."""
+    import torch
+    from cuda_harness import EventTimer, compare_on_gpu
+    from suite_cuda import Setting, comparisons
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    timer, effort = EventTimer(device), Effort(min_blocks=arguments.blocks)
+    for op, build in comparisons(Setting(device)):
+        if arguments.suite in (op, "all"):
+            comparison = build()
+            if arguments.filter in comparison.name:
+                yield from compare_on_gpu(comparison, timer, effort)
+
+
+def why_not_on_gpu(suite: str) -> str | None:
+    """What keeps `suite` from running on a GPU here; None: nothing."""
+    from cuda_harness import missing
+
+    if suite not in (*CUDA_SUITES, "all"):
+        return f"{suite} has no rows for a GPU; those that have: {', '.join(CUDA_SUITES)}, all"
+    return missing()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    on_gpu = arguments.device == "cuda"
+    if on_gpu and (reason := why_not_on_gpu(arguments.suite)) is not None:
+        print(f"compare: --device cuda: {reason}", file=sys.stderr)
+        return 2
     rows: list[Row] = []
-    for name, build in suite.comparisons():
-        if arguments.filter not in name:
-            continue
-        built = build()
-        row = built if isinstance(built, Row) else compare(built, effort)
+    for row in cuda_rows(arguments) if on_gpu else cpu_rows(arguments):
         rows.append(row)
         if not arguments.json:
             print(

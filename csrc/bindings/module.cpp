@@ -85,6 +85,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_device_count", &pfnas::cuda::device_count);
   pfnas::register_dynamic_depthwise_conv_cuda(m);
   pfnas::register_dynamic_pointwise_conv_cuda(m);
+  pfnas::register_path_filter_cuda(m);
 #else
   m.attr("cuda_built") = false;
   m.def("cuda_device_count", [] { return 0; });

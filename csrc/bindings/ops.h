@@ -19,5 +19,6 @@ void register_train_mbconv(pybind11::module_& m);
 // Built with PFNAS_CUDA, and by the tests for the emulator.
 void register_dynamic_depthwise_conv_cuda(pybind11::module_& m);
 void register_dynamic_pointwise_conv_cuda(pybind11::module_& m);
+void register_path_filter_cuda(pybind11::module_& m);
 
 }  // namespace pfnas

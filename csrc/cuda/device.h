@@ -51,6 +51,8 @@ void launch(void (*kernel)(P), Dim3 grid, Dim3 block, void* stream, const P& par
 
 #if defined(__CUDACC__)
 #define PFNAS_UNROLL_LOOP _Pragma("unroll")
+#define PFNAS_ROLLED_LOOP _Pragma("unroll 1")
 #else
 #define PFNAS_UNROLL_LOOP _Pragma("GCC unroll 16")
+#define PFNAS_ROLLED_LOOP
 #endif

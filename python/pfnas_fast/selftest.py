@@ -7,6 +7,7 @@ For those who have a GPU: the CUDA kernels are proven on a CPU emulator, so this
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,6 +171,8 @@ def _pointwise(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
                 return _pointwise_call(device, dtype, sizes, act)
 
             yield case
+        if device.type == "cuda":  # on the CPU the op is for inference
+            yield partial(pointwise_gradients, device, dtype, (n, c, h, w, out))
 
 
 def _pointwise_call(
@@ -190,3 +193,35 @@ def _pointwise_call(
     options: dict[str, Any] = {"out_channels": out, "activation": activation}
     y = dynamic_pointwise_conv(**ours, **options)
     return [("y", y, reference.dynamic_pointwise_conv(**wide, **options), c + 3)]
+
+
+def pointwise_gradients(
+    device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]
+) -> list[tuple[str, Tensor, Tensor, int]]:
+    """One call's gradients and moments: name, result, float64 expectation, length of the sums.
+
+    Args:
+        device: Where the op has gradients.
+        dtype: Storage type.
+        sizes: N, C, H, W and outputs.
+    """
+    g = _generator(*sizes, 1)
+    n, c, h, w, out = sizes
+    panels = pack_pointwise_weight(torch.randn(out + 5, c + 3, 1, 1, generator=g) / c**0.5)
+    given = (torch.randn(n, c, h, w, generator=g), panels)
+    ours = [t.to(device, dtype).detach().requires_grad_() for t in given]
+    wide = [t.to(dtype).double().detach().requires_grad_() for t in given]
+    grad_y = torch.randn(n, out, h, w, generator=g).to(dtype)
+    ops = torch.ops.pfnas_fast
+    ops.dynamic_pointwise_conv(*ours, None, None, None, out, 0).backward(grad_y.to(device))
+    reference.dynamic_pointwise_conv(*wide, out_channels=out).backward(grad_y.double())
+    results = []
+    for name, a, b, length in zip(("x", "panels"), ours, wide, (out, n * h * w), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        results.append((f"gradient of {name}", a.grad, b.grad, length))
+    y, mean, variance = ops.dynamic_pointwise_conv_moments(*(t.detach() for t in ours), out)
+    stored = y.detach().double().cpu().transpose(0, 1).flatten(1)  # [out, pixels]
+    results.append(("mean", mean, stored.mean(dim=1), n * h * w))
+    results.append(("variance", variance, stored.var(dim=1, unbiased=False), n * h * w))
+    return results

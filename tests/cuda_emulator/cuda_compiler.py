@@ -57,9 +57,7 @@ def translated_object(source: Path, architecture: int, pattern: str = "") -> Pat
     )
 
 
-@cache
-def resources(source: Path, architecture: int) -> dict[str, Resources]:
-    """Registers, shared memory and spills of every kernel of a file, by mangled name."""
+def _cubin_and_log(source: Path, architecture: int) -> tuple[Path, Path]:
     arguments = (
         "nvcc",
         *FLAGS,
@@ -68,14 +66,39 @@ def resources(source: Path, architecture: int) -> dict[str, Resources]:
         "-cubin",
         "-Xptxas=-v",
     )
-    target, exists = _cached(source, arguments, f".sm_{architecture}.log")
+    log, exists = _cached(source, arguments, f".sm_{architecture}.log")
+    cubin = log.with_suffix(".cubin")
     if not exists:
-        cubin = target.with_suffix(f".{os.getpid()}.cubin")
+        unfinished = log.with_suffix(f".{os.getpid()}.cubin")
         done = subprocess.run(
-            [*arguments, str(source), "-o", str(cubin)], check=True, capture_output=True, text=True
+            [*arguments, str(source), "-o", str(unfinished)], check=True, capture_output=True, text=True
         )
-        target.write_text(done.stderr)
-        cubin.replace(target.with_suffix(".cubin"))
+        unfinished.replace(cubin)
+        log.write_text(done.stderr)
+    return cubin, log
+
+
+def compiled(source: Path, architecture: int) -> Path:
+    """Machine code of a file's kernels."""
+    return _cubin_and_log(source, architecture)[0]
+
+
+def disassemble(source: Path, architecture: int) -> dict[str, set[str]]:
+    """Opcodes of every kernel of a file, by mangled name; needs cuobjdump and nvdisasm."""
+    command = ["cuobjdump", "-sass", str(compiled(source, architecture))]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    kernels: dict[str, set[str]] = {}
+    for part in text.split("Function : ")[1:]:
+        name, _, body = part.partition("\n")
+        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9]+)", body, flags=re.MULTILINE)
+        kernels[name.strip()] = set(opcodes)
+    return kernels
+
+
+@cache
+def resources(source: Path, architecture: int) -> dict[str, Resources]:
+    """Registers, shared memory and spills of every kernel of a file, by mangled name."""
+    log = _cubin_and_log(source, architecture)[1]
     found = {}
     entry = re.compile(
         r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores,"
@@ -83,7 +106,7 @@ def resources(source: Path, architecture: int) -> dict[str, Resources]:
         r".*?Used (\d+) registers([^\n]*)",
         flags=re.DOTALL,
     )
-    for name, stack, stores, loads, registers, rest in entry.findall(target.read_text()):
+    for name, stack, stores, loads, registers, rest in entry.findall(log.read_text()):
         shared = re.search(r"(\d+) bytes smem", rest)
         shared_bytes = int(shared[1]) if shared else 0
         found[name] = Resources(int(registers), shared_bytes, int(stores) + int(loads), int(stack))

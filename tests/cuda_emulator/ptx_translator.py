@@ -164,6 +164,10 @@ def convert(kernel: Kernel, parts: list[str], operands: list[str]) -> str:
     if source == "f32" and target in ("f16", "bf16") and parts[1] == "rn":
         function = {"f16": "__float2half_rn", "bf16": "__float2bfloat16_rn"}[target]
         return assign(operands[0], f"{function}({a}).bits")
+    if source == "f64" and target == "f32" and parts[1] == "rn":
+        return assign(operands[0], f"static_cast<float>({a})")
+    if source == "f32" and target == "s32" and parts[1] == "rzi":
+        return assign(operands[0], f"truncate({a})")
     integers = source[0] in "us" and target[0] in "us"
     if integers or (source[0] in "us" and target[0] == "f" and parts[1] == "rn"):
         return assign(operands[0], f"{C_TYPES[target]}({a})")

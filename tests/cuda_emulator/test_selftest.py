@@ -26,6 +26,19 @@ def test_emulated_kernels(plain: ModuleType) -> None:
     assert plain.statistics()["launches"] > before + 100
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_emulated_gradients(dtype: torch.dtype, plain: ModuleType) -> None:
+    """What the self-test adds on a CUDA device."""
+    import pfnas_fast.selftest as module
+
+    with emulated_ops(plain):
+        for sizes in ((1, 1, 1, 1, 1), (2, 24, 12, 12, 96), (1, 40, 9, 5, 97)):
+            results = module.pointwise_gradients(torch.device("cpu"), dtype, sizes)
+            assert len(results) == 4
+            for name, actual, expected, length in results:
+                assert module._relative_error(actual, expected, length) <= 1, name
+
+
 def test_wrong_results_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     import pfnas_fast.selftest as module
 

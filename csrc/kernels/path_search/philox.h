@@ -8,7 +8,8 @@
 
 namespace pfnas {
 
-inline void philox4x32(const std::uint32_t (&counter)[4], std::uint64_t key, std::uint32_t (&out)[4]) {
+// constexpr: CUDA kernels call it too.
+constexpr void philox4x32(const std::uint32_t (&counter)[4], std::uint64_t key, std::uint32_t (&out)[4]) {
   std::uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
   auto k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {

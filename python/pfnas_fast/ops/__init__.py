@@ -10,6 +10,7 @@ from pfnas_fast.ops.dynamic_pointwise_conv import (
     pack_pointwise_weight,
 )
 from pfnas_fast.ops.path_cost import CostTable, path_cost
+from pfnas_fast.ops.path_filter import path_filter
 from pfnas_fast.ops.path_score import KernelTables, NetworkTables, PackedRanker, RankerTables, path_score
 from pfnas_fast.ops.path_score_int8 import Int8Ranker, best_paths, path_score_int8
 from pfnas_fast.ops.path_search import BudgetRanker, Flood, SearchSpace
@@ -31,6 +32,7 @@ __all__ = [
     "dynamic_pointwise_conv_moments",
     "pack_pointwise_weight",
     "path_cost",
+    "path_filter",
     "path_score",
     "path_score_int8",
     "pooled_bytes",

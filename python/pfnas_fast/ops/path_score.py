@@ -131,7 +131,7 @@ class PackedRanker:
 
     def __init__(self, tables: RankerTables) -> None:
         self.tables = tables
-        self._handle = _C.PathScoreModel(_pack(tables))
+        self._handle = _C.PathScoreModel(pack_ranker(tables))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedRanker, (self.tables,)
@@ -175,7 +175,8 @@ def lookups(num_slots: int, num_codes: int, width: int) -> tuple[Tensor, Callabl
     return torch.tensor(rows, dtype=torch.int32), expand
 
 
-def _pack(t: RankerTables) -> dict[str, Any]:
+def pack_ranker(t: RankerTables) -> dict[str, Any]:
+    """Tables as the kernels read them, tensors and numbers by name."""
     parts: list[Any] = [part for part in (t.networks, t.kernels) if part is not None]
     num_rows = t.num_slots * t.num_codes
     if not parts:

@@ -111,11 +111,23 @@ class SearchSpace:
             "unit": float(cost.unit),
         }
         self._handle = _C.SearchSpace(self._fields)
+        self._walks: list[dict[str, Any]] = []
         self.num_drawn = 0
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The space and its cost as the kernels read them, tensors and numbers by name."""
+        return self._fields
+
+    @property
+    def walk_fields(self) -> list[dict[str, Any]]:
+        """The walk tables, one dictionary per resolution; empty before `use_walks`."""
+        return self._walks
 
     def use_walks(self, walkers: list[Any]) -> None:
         """Draw by these tables from now on: one `Walker` per resolution, in order."""
-        self._handle.set_walks([self._walk(index, walker) for index, walker in enumerate(walkers)])
+        self._walks = [self._walk(index, walker) for index, walker in enumerate(walkers)]
+        self._handle.set_walks(self._walks)
 
     def _walk(self, index: int, walker: Any) -> dict[str, Any]:
         grid = walker.grid

@@ -7,4 +7,5 @@ void register_kernels(pybind11::module_& m);
 void register_kernels(pybind11::module_& m) {
   pfnas::register_dynamic_depthwise_conv_cuda(m);
   pfnas::register_dynamic_pointwise_conv_cuda(m);
+  pfnas::register_path_filter_cuda(m);
 }

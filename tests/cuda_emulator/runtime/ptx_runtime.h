@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <string>
 #include <type_traits>
@@ -127,6 +128,7 @@ inline T shift_right(T a, std::uint32_t by) {
   return static_cast<T>(a >> by);
 }
 inline bool is_unordered(float a, float b) { return std::isunordered(a, b); }
+inline bool is_unordered(double a, double b) { return std::isunordered(a, b); }
 template <bool kPropagateNan>
 inline float float_max(float a, float b) {
   if (kPropagateNan && is_unordered(a, b)) return NAN;
@@ -148,6 +150,13 @@ inline float ptx_sqrt(float a) { return std::sqrt(a); }
 inline float ptx_ex2(float a) { return std::exp2(a); }
 inline float ptx_rcp(float a) { return 1.0f / a; }
 inline float ptx_rsqrt(float a) { return 1.0f / std::sqrt(a); }
+
+inline std::int32_t truncate(float a) {  // towards zero, into range; NaN becomes 0
+  constexpr float kLimit = 2147483648.0f;
+  if (std::isnan(a)) return 0;
+  if (a >= kLimit) return std::numeric_limits<std::int32_t>::max();
+  return a < -kLimit ? std::numeric_limits<std::int32_t>::min() : static_cast<std::int32_t>(a);
+}
 
 // Warps
 inline std::uint32_t lane() { return static_cast<std::uint32_t>(machine().current->lane); }

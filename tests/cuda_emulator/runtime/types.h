@@ -34,6 +34,21 @@ inline float __uint_as_float(std::uint32_t bits) {
   return value;
 }
 
+inline long long __double_as_longlong(double value) {
+  long long bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline double __longlong_as_double(long long bits) {
+  double value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+// Never contracted; the emulator is compiled without contraction anyway.
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __ddiv_rn(double a, double b) { return a / b; }
+
 struct __nv_bfloat16 {
   std::uint16_t bits;
 };
