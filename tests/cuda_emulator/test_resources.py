@@ -43,7 +43,7 @@ PINNED = {
 # still take turns, and a smaller tile would read the weights more often.
 ONE_BLOCK = (("filter_paths", 75),)
 
-# Known shortfall: 7x7 at stride 1 spills on these two, by at most so many bytes. Remove when it no longer does.
+# Known shortfall: 7x7 at stride 1 spills on these two, by at most so many bytes.
 SPILLS = {100: 172, 120: 216}
 
 
