@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pfnas_fast.errors import InputError
 from pfnas_fast.ops import reference, train_mbconv
@@ -210,6 +211,24 @@ def test_plan_memory_keeps_thin_tensors_only() -> None:
     pixels = 2 * 12 * 12
     assert kept[0] >= (48 + 48 + 16) * pixels * 4
     assert kept[1] <= 3 * (48 + 48 + 8) * 4
+
+
+def test_nothing_is_kept_without_gradients() -> None:
+    sizes: list[int] = []
+
+    class Outputs(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.pfnas_fast.train_mbconv.default:
+                sizes.append(sum(t.numel() for t in result[1:]))
+            return result
+
+    a = Arguments(CASES[0])
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), Outputs():
+            y, _ = a.run(train_mbconv)
+    assert y.grad_fn is None
+    assert sizes[1] == 3 * (2 * 24 + 8) < sizes[0]
 
 
 def assert_as_good_as_torch(make: Any) -> None:

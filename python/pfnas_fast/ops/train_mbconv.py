@@ -130,7 +130,8 @@ def train_mbconv(
     _check_tensors(tensors)
     _check_sizes(dict(zip(_NAMES, tensors, strict=True)), *options)
     x = x.contiguous(memory_format=torch.channels_last)
-    y, _, _, _, moments, *_ = torch.ops.pfnas_fast.train_mbconv(x, *tensors[1:], *options, plan == "speed")
+    keep = plan == "speed" and torch.is_grad_enabled()
+    y, _, _, _, moments, *_ = torch.ops.pfnas_fast.train_mbconv(x, *tensors[1:], *options, keep)
     return y, moments
 
 
