@@ -40,7 +40,7 @@ py::object empty(py::handle like, const std::vector<std::int64_t>& shape,
     PFNAS_CHECK(shape[d] >= 1 && strides[d] >= 1);
     tensor->shape[d] = shape[d];
     tensor->strides[d] = strides[d];
-    count *= shape[d];
+    PFNAS_CHECK(!__builtin_mul_overflow(count, shape[d], &count));
   }
   dlpack::ManagedTensorVersioned& managed = tensor->managed;
   managed.version = {dlpack::kMajorVersion, 0};

@@ -8,6 +8,8 @@
 #include <mutex>
 #include <new>
 
+#include <pthread.h>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -27,15 +29,39 @@ std::size_t quarter_of_memory() {
   return std::size_t{1} << 30;
 }
 
+#if defined(__linux__)
+// Mapped, not taken from the heap: what is given back then leaves the process at once.
+std::size_t mapped_bytes(std::size_t num_bytes) {
+  constexpr std::size_t kPage = 64 << 10;  // a multiple of every page size in use
+  return (num_bytes + kPage - 1) / kPage * kPage;
+}
+
+void* allocate(std::size_t num_bytes) {
+  const std::size_t wanted = mapped_bytes(num_bytes), mapped = wanted + kHugePage;
+  void* begin = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (begin == MAP_FAILED) throw std::bad_alloc();
+  const auto address = reinterpret_cast<std::uintptr_t>(begin);
+  const std::uintptr_t aligned = (address + kHugePage - 1) / kHugePage * kHugePage;
+  if (aligned > address) munmap(begin, aligned - address);
+  if (const std::size_t rest = address + mapped - (aligned + wanted); rest > 0) {
+    munmap(reinterpret_cast<void*>(aligned + wanted), rest);
+  }
+  void* data = reinterpret_cast<void*>(aligned);
+  // A refusal costs speed only. The part behind the last whole huge page stays small.
+  madvise(data, num_bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+  return data;
+}
+
+void deallocate(const PoolBlock& block) { munmap(block.data, mapped_bytes(block.num_bytes)); }
+#else
 void* allocate(std::size_t num_bytes) {
   void* data = std::aligned_alloc(kHugePage, (num_bytes + kHugePage - 1) / kHugePage * kHugePage);
   if (data == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-  // A refusal costs speed only. The part behind the last whole huge page stays small.
-  madvise(data, num_bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
-#endif
   return data;
 }
+
+void deallocate(const PoolBlock& block) { std::free(block.data); }
+#endif
 
 class Pool {
  public:
@@ -86,6 +112,9 @@ class Pool {
     peak_bytes_ = use_.in_use_bytes;
   }
 
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
   void poison() {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (const PoolBlock& block : waiting_) {
@@ -101,7 +130,7 @@ class Pool {
     const PoolBlock block = waiting_.front();
     waiting_.pop_front();
     use_.waiting_bytes -= block.num_bytes;
-    std::free(block.data);
+    deallocate(block);
   }
 
   // Sizes that no path asks for any more are the oldest, and go first.
@@ -122,6 +151,10 @@ class Pool {
 // Never destroyed: tensors outlive static objects when the interpreter ends.
 Pool& pool() {
   static Pool* instance = new Pool;
+  // A child made by fork() while another thread holds the lock would wait for ever.
+  static const int registered =
+      pthread_atfork([] { pool().lock(); }, [] { pool().unlock(); }, [] { pool().unlock(); });
+  static_cast<void>(registered);
   return *instance;
 }
 

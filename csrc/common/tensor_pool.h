@@ -23,8 +23,8 @@ struct PoolUse {
 PoolBlock take_from_pool(std::size_t num_bytes);
 void give_back_to_pool(const PoolBlock& block);
 
-// Kept blocks, and with them the living ones, never exceed 5/4 of what was alive at once; and the kept ones
-// never a quarter of the machine's memory.
+// A block serves tensors down to 4/5 of its size. All blocks together never exceed 5/4 of the blocks that
+// were in use at once since the last release; those that wait never exceed a quarter of the machine's memory.
 PoolUse pool_use();
 
 // Gives every waiting block back to the system.

@@ -74,7 +74,7 @@ def test_a_finished_stage_is_loaded_not_repeated(toy_detection: Path, tmp_path: 
         ("steps", 8, "6"),
         ("schedule", "single", "'san"),
         ("sampler", pf.Uniform(pf.load_space("tiny")), "'Balanced"),
-        ("augmentation", pf.Augmentation(flip=0.0), "'Augmentation"),
+        ("augmentation", pf.Augmentation(scale=(0.9, 1.1)), "'Augmentation"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(

@@ -51,14 +51,15 @@ def pooled_bytes() -> tuple[int, int]:
 
 
 def release_memory() -> None:
-    """Give the memory that is kept for the next large tensors back to the system.
+    """Give kept memory back to the system: blocks that wait for the next large tensors, and kernels' scratch.
 
-    Kept and living memory together never exceed 5/4 of what was alive at once, and what is kept never a
-    quarter of the machine's memory; call this where that is still too much, between training and something
-    else, for example.
+    All blocks together never exceed 5/4 of what was in use at once, and those that wait never a quarter of
+    the machine's memory; call this where that is still too much, between training and something else, for
+    example. Scratch of other threads goes when they next run a kernel. Not to be called while kernels run.
 
     Example:
         >>> import pfnas_fast as pf
         >>> pf.ops.release_memory()
     """
     _C.release_tensor_pool()
+    _C.release_scratch()

@@ -147,13 +147,19 @@ def fit(
 
 
 def describe(settings: object) -> str:
-    """Class and plain settings of a sampler or an augmentation, as text."""
-    plain = {
-        key: value
-        for key, value in sorted(vars(settings).items())
-        if not key.startswith("_") and (value is None or isinstance(value, (bool, int, float, str)))
-    }
-    return f"{type(settings).__name__}({', '.join(f'{key}={value!r}' for key, value in plain.items())})"
+    """Class and plain settings (numbers, texts, pairs of them) of a sampler or an augmentation, as text.
+
+    What is None, set or not, is left out: a sampler is described alike before and after it is bound.
+    """
+    plain = {key: value for key, value in sorted(vars(settings).items()) if _is_plain(value)}
+    parts = (f"{key}={value!r}" for key, value in plain.items() if not key.startswith("_"))
+    return f"{type(settings).__name__}({', '.join(parts)})"
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, (bool, int, float, str))
 
 
 def stream_id(stage: str) -> int:
