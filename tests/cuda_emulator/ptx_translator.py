@@ -159,8 +159,9 @@ def select(kernel: Kernel, parts: list[str], operands: list[str]) -> str:
 def convert(kernel: Kernel, parts: list[str], operands: list[str]) -> str:
     target, source = parts[-2], parts[-1]
     a = value(kernel, operands[1], "b16" if source in ("f16", "bf16") else source)
-    if source == "f16" and target == "f32":
-        return assign(operands[0], f"__half2float(__half{{{a}}})")
+    if source in ("f16", "bf16") and target == "f32":
+        function = {"f16": "__half2float(__half", "bf16": "__bfloat162float(__nv_bfloat16"}[source]
+        return assign(operands[0], f"{function}{{{a}}})")
     if source == "f32" and target in ("f16", "bf16") and parts[1] == "rn":
         function = {"f16": "__float2half_rn", "bf16": "__float2bfloat16_rn"}[target]
         return assign(operands[0], f"{function}({a}).bits")
