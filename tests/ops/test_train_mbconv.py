@@ -378,3 +378,37 @@ def test_mistakes_are_named(change: dict, error: type[Exception], message: str) 
     with pytest.raises(error, match="train_mbconv: expected ") as caught:
         Arguments(CASES[0]._replace(**change)).run(train_mbconv)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"se_channels": 0}, "0 without excitation and >= 1 with it for se_channels, got 0"),
+        ({"se_channels": -1}, "at least 0 for se_channels, got -1"),
+        ({"mid_channels": 0}, "at least 1 for mid_channels, got 0"),
+        ({"out_channels": -2}, "at least 1 for out_channels, got -2"),
+        ({"matrices": (None,)}, "2 entries for matrices, got 1"),
+        ({"excitation": ()}, "4 tensors or None for excitation, got 0"),
+        ({"norms": [None, (torch.ones(120),), None]}, "each (scale, shift) or None for norms"),
+        ({"plan": "small"}, "one of 'speed', 'memory' for plan, got 'small'"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict, message: str) -> None:
+    a = Arguments(CASES[2])
+    names = ("x", "expand_weight", "depth_weight", "matrices", "project_weight", "norms", "excitation")
+    values = (a.x, a.expand, a.bank, a.matrices, a.project, a.norms, a.excitation)
+    c = a.case
+    arguments: dict[str, Any] = dict(zip(names, values, strict=True))
+    arguments |= {"mid_channels": c.ce, "out_channels": c.co, "se_channels": c.se}
+    arguments |= {"kernel_size": c.kernel_size} | change
+    with pytest.raises(InputError, match="train_mbconv: expected ") as caught:
+        train_mbconv(**arguments)
+    assert message in str(caught.value)
+
+
+def test_half_a_norm_is_refused() -> None:
+    a = Arguments(CASES[0])
+    norms: Any = a.norms
+    norms[1] = (norms[1][0], None)
+    with pytest.raises(InputError, match="both scale and shift"):
+        a.run(train_mbconv)

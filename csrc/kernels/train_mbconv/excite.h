@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Squeeze-and-excitation (arXiv:1709.01507) of a block in training mode: gate = hard_sigmoid(W2 relu(W1
-// pooled
-// + b1) + b2) with pooled = the mean of the activated depthwise output over the pixels. All small matrices
-// are in blocks, [channels / 16][N][16].
+// Squeeze-and-excitation (arXiv:1709.01507) of a block in training mode:
+// gate = hard_sigmoid(W2 relu(W1 pooled + b1) + b2), pooled = the mean of the activated depthwise output over
+// the pixels. All small matrices are in blocks, [channels / 16][N][16].
 #pragma once
 
 #include "common/parallel.h"

@@ -4,10 +4,10 @@
 //
 //   output    read dy, p: sums of the last normalisation
 //   project   read dy, p, d (1 E): dp tile by tile, its products with the weight and with the activated d;
-//   write
-//             dz2 (1 E) and its sums
-//   depthwise read dz2, d, e (3 E): both depthwise gradients while they are packed; write dz1 (1 E) and its
-//   sums expand    read dz1, e, x (2 E): de tile by tile, its products with the weight (dx) and with x
+//             write dz2 (1 E) and its sums
+//   depthwise read dz2, d, e (3 E): both depthwise gradients while they are packed;
+//             write dz1 (1 E) and its sums
+//   expand    read dz1, e, x (2 E): de tile by tile, its products with the weight (dx) and with x
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/simd.h"

@@ -74,7 +74,7 @@ class SeparableConv(nn.Module):
         channels: Channels in and out.
         num_levels: Number of BNs.
         plain: Torch's own layers instead of dynamic ones.
-        backend: Of the dynamic depthwise convolution.
+        backend: ``"reference"`` or ``"fast"``: one op in training mode.
     """
 
     def __init__(self, channels: int, num_levels: int, *, plain: bool, backend: str) -> None:
@@ -151,7 +151,7 @@ class Head(nn.Module):
         num_classes: K.
         strides: Stride of each level in px, finest first.
         plain: Torch's own layers instead of dynamic ones.
-        backend: Of the dynamic depthwise convolutions.
+        backend: Of the separable convolutions.
 
     Source:
         FCOS, arXiv:1904.01355, with one tower and separable convolutions.

@@ -116,8 +116,14 @@ def train_mbconv(
         >>> y.shape, moments.shape
         (torch.Size([2, 8, 6, 6]), torch.Size([3, 56]))
     """
-    if len(norms) != 3:
-        raise InputError(_fail("3 entries", "norms", len(norms)))
+    if len(norms) != 3 or any(norm is not None and len(norm) != 2 for norm in norms):
+        raise InputError(_fail("3 entries, each (scale, shift) or None", "norms", _lengths(norms)))
+    if len(matrices) != 2:
+        raise InputError(_fail("2 entries", "matrices", len(matrices)))
+    if excitation is not None and len(excitation) != 4:
+        raise InputError(_fail("4 tensors or None", "excitation", len(excitation)))
+    if (excitation is None) != (se_channels == 0):
+        raise InputError(_fail("0 without excitation and >= 1 with it", "se_channels", se_channels))
     first, second, third = ((None, None) if norm is None else norm for norm in norms)
     tensors = (
         *(x, expand_weight, depth_weight, *matrices, project_weight, *first, *second, *third),
@@ -137,6 +143,10 @@ def train_mbconv(
 
 def _fail(expected: str, argument: str, got: object) -> str:
     return f"train_mbconv: expected {expected} for {argument}, got {got}"
+
+
+def _lengths(norms: Sequence[Sequence[Tensor] | None]) -> list[int | None]:
+    return [None if norm is None else len(norm) for norm in norms]
 
 
 def _codes(activations: Sequence[str | None]) -> list[int]:
@@ -188,6 +198,18 @@ def _check_sizes(
         raise InputError(_fail(f"an odd size from 3 to {bank.shape[2]}", "kernel_size", kernel_size))
     if stride not in (1, 2):
         raise InputError(_fail("1 or 2", "stride", stride))
+    for name, value, least in (
+        ("mid_channels", mid_channels, 1),
+        ("out_channels", out_channels, 1),
+        ("se_channels", se_channels, 0),
+    ):
+        if value < least:
+            raise InputError(_fail(f"at least {least}", name, value))
+    for stage in (1, 2, 3):
+        if (tensors[f"gamma_{stage}"] is None) != (tensors[f"beta_{stage}"] is None):
+            raise InputError(
+                _fail("both scale and shift, or None in their place", "norms", f"one in {stage}")
+            )
     channels = x.shape[1]
     if residual and (stride != 1 or channels != out_channels):
         raise InputError(_fail("False unless stride is 1 and Ci = Co", "residual", residual))

@@ -322,8 +322,9 @@ class DynamicMBConv(nn.Module):
     """Inverted residual block with run-time kernel size and expand ratio.
 
     expand 1x1 - BN - act - depthwise - BN - act - [SE] - project 1x1 - BN [+ input]. In OFA's order the
-    excitation follows the activation. With ``backend="fast"`` a block in training mode is one op
-    (`pfnas_fast.ops.train_mbconv`); in every other mode its layers run one by one.
+    excitation follows the activation. With ``backend="fast"`` a block that normalises with the moments of its
+    batch, in training and in recalibration, is one op (`pfnas_fast.ops.train_mbconv`); else its layers run
+    one by one, where no whole path runs prepared (`prepare`).
 
     Args:
         block: What the space says about this block.
