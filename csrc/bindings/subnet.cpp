@@ -244,6 +244,21 @@ DynamicPointwiseConvParams make_dense(const DenseSpec& spec, const Flat& folded)
   return p;
 }
 
+void run_calibration(const CalibrationParams& p) {
+  switch (active_isa()) {
+#ifdef PFNAS_HAS_AVX512
+    case Isa::kAvx512:
+      return avx512::calibrate(p);
+#endif
+#ifdef PFNAS_HAS_AVX2
+    case Isa::kAvx2:
+      return avx2::calibrate(p);
+#endif
+    default:
+      return portable::calibrate(p);
+  }
+}
+
 struct Subnet {
   py::object net_owner;
   Flat folded;
@@ -293,12 +308,9 @@ struct Subnet {
   }
   Subnet(const Subnet&) = delete;
 
-  // images: [N, 3, H, W], any strides; out: logits [N, classes] or raw predictions [N, L, outputs].
-  void run(py::handle images, py::handle out) const {
-    const TensorView x = float_tensor(images, "images", 4);
-    const bool is_detector = base.num_levels > 0;
-    const TensorView y = dense_tensor(out, "out", is_detector ? 3 : 2);
-    PFNAS_CHECK(x.shape[1] == 3 && x.shape[2] >= 1 && x.shape[3] >= 1 && y.shape[0] == x.shape[0]);
+  // [N, 3, H, W], any strides.
+  SubnetParams with_images(const TensorView& x) const {
+    PFNAS_CHECK(x.shape[1] == 3 && x.shape[2] >= 1 && x.shape[3] >= 1);
     SubnetParams p = base;
     p.batch = x.shape[0];
     p.height = x.shape[2];
@@ -308,6 +320,49 @@ struct Subnet {
     p.channel_stride = x.strides[1];
     p.row_stride = x.strides[2];
     p.column_stride = x.strides[3];
+    return p;
+  }
+
+  // (index of the normalisation, values per channel, channels)
+  using Measured = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
+
+  // Moments of one batch, written to `mean` and `var` (unbiased), [folded_size] each, at the places of the
+  // folded scales. Overwrites the folded tensor: such a subnet serves one call at a time.
+  std::vector<Measured> calibrate(py::handle images, py::object mean, py::object var) const {
+    const auto& net = net_owner.cast<const PackedNet&>();
+    const Flat means(std::move(mean), "mean"), vars(std::move(var), "var");
+    PFNAS_CHECK(means.size == net.folded_size && vars.size == net.folded_size);
+    const TensorView x = float_tensor(images, "images", 4);
+    PFNAS_CHECK(x.shape[0] >= 1);
+    std::vector<CalibratedNorm> norms;
+    for (const Norm& norm : net.norms) {
+      const std::int64_t at = norm.folded.first;
+      norms.push_back({norm.gamma, norm.beta, norm.eps, norm.channels, folded.at(at),
+                       folded.at(norm.folded.second), means.at(at), vars.at(at)});
+    }
+    CalibrationParams p;
+    p.net = with_images(x);
+    p.norms = norms.data();
+    p.num_norms = static_cast<std::int64_t>(norms.size());
+    {
+      const py::gil_scoped_release released;
+      run_calibration(p);
+    }
+    std::vector<Measured> measured;
+    for (std::size_t i = 0; i < norms.size(); ++i) {
+      if (norms[i].count == 0) continue;
+      measured.emplace_back(static_cast<std::int64_t>(i), norms[i].count, norms[i].measured_channels);
+    }
+    return measured;
+  }
+
+  // images: [N, 3, H, W], any strides; out: logits [N, classes] or raw predictions [N, L, outputs].
+  void run(py::handle images, py::handle out) const {
+    const TensorView x = float_tensor(images, "images", 4);
+    const bool is_detector = base.num_levels > 0;
+    const TensorView y = dense_tensor(out, "out", is_detector ? 3 : 2);
+    PFNAS_CHECK(y.shape[0] == x.shape[0]);
+    SubnetParams p = with_images(x);
     const DynamicPointwiseConvParams& last = is_detector ? p.predictor : p.classifier;
     PFNAS_CHECK(y.shape[is_detector ? 2 : 1] == last.out_channels);
     if (is_detector) {
@@ -382,7 +437,8 @@ void register_subnet(py::module_& m) {
   py::class_<Subnet>(m, "Subnet")
       .def(py::init<py::object, std::vector<Choice>, py::object>(), py::arg("net"), py::arg("choices"),
            py::arg("folded"))
-      .def("run", &Subnet::run, py::arg("images"), py::arg("out"));
+      .def("run", &Subnet::run, py::arg("images"), py::arg("out"))
+      .def("calibrate", &Subnet::calibrate, py::arg("images"), py::arg("mean"), py::arg("var"));
 }
 
 }  // namespace pfnas

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pfnas_fast import _C
+from pfnas_fast._system import force_cpu_isa, supported_cpu_isas
 from pfnas_fast.detection import DetectionSupernet
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import load_space, uniform_population
@@ -263,17 +265,79 @@ def test_backends_measure_the_same(kind: Any) -> None:
             torch.testing.assert_close(actual.layers[name][1], var, rtol=0, atol=1e-4 * scale**2, msg=name)
 
 
-def test_one_op_per_block_only_while_nothing_looks_inside(batches, monkeypatch) -> None:
+def test_one_op_per_block_where_a_whole_path_may_not_be_compiled(batches, monkeypatch) -> None:
     net = ClassificationSupernet(load_space("tiny"), num_classes=4, backend="fast")
-    block, calls = net.backbone.blocks[0], []
+    block, calls, path = net.backbone.blocks[0], [], net.space.min_path()
+    compiled = recalibrate(net, path, batches)
     run = block._train
     monkeypatch.setattr(block, "_train", lambda *args: calls.append(1) or run(*args))
-    recalibrate(net, net.space.min_path(), batches)
-    assert len(calls) == len(batches)
-    handle = block.depth_conv.register_forward_hook(lambda *_: None)
-    recalibrate(net, net.space.min_path(), batches)
+    recalibrate(net, path, batches)
+    assert not calls
+    handle = net.tail.register_forward_hook(lambda *_: None)
+    by_blocks = recalibrate(net, path, batches)
     assert len(calls) == len(batches)
     handle.remove()
+    handle = block.depth_conv.register_forward_hook(lambda *_: None)
+    by_layers = recalibrate(net, path, batches)
+    assert len(calls) == len(batches)
+    handle.remove()
+    for other in (by_blocks, by_layers):
+        for name, (mean, var) in compiled.layers.items():
+            torch.testing.assert_close(other.layers[name][0], mean, rtol=1e-3, atol=1e-3, msg=name)
+            torch.testing.assert_close(other.layers[name][1], var, rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("kind", [ClassificationSupernet, DetectionSupernet])
+@pytest.mark.parametrize("tier", ["portable", "avx2", "avx512"])
+def test_compiled_moments_are_exact(kind: Any, tier: str) -> None:
+    """Against float64 layers, for images far from zero, odd sizes and maps of one pixel."""
+    if tier not in supported_cpu_isas():
+        pytest.skip(f"this CPU (or this build) does not run the {tier} tier")
+    torch.manual_seed(0)
+    net = kind(load_space("tiny"), num_classes=4, backend="fast")
+    twin = kind(load_space("tiny"), num_classes=4)
+    twin.load_state_dict(net.state_dict())
+    twin.double()
+    shapes = [(3, 33, 47), (2, 64, 40), (9, 17, 17), (2, 90, 1), (2, 1, 70)]
+    paths = net.space.decode(uniform_population(net.space, np.random.default_rng(3), len(shapes)))
+    force_cpu_isa(tier)
+    _C.poison_thread_scratch()
+    try:
+        for path, shape in zip(paths, shapes, strict=True):
+            batch = torch.randn(shape[0], 3, *shape[1:]) + 5
+            actual, expected = recalibrate(net, path, [batch]), recalibrate(twin, path, [batch.double()])
+            assert actual.layers.keys() == expected.layers.keys()
+            for name, (mean, var) in expected.layers.items():
+                # A batch of few values divides by small deviations, which magnify rounding.
+                limit = 1e-4 if shape[0] * shape[1] * shape[2] > 4000 else 1e-2
+                scale = float(var.max().sqrt()) + 1e-3
+                assert float((actual.layers[name][0] - mean).abs().max()) <= limit * scale, name
+                assert float((actual.layers[name][1] - var).abs().max()) <= limit * scale**2, name
+    finally:
+        force_cpu_isa(None)
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    net = DetectionSupernet(load_space("tiny"), num_classes=4, backend="fast")
+    batch, before, results = torch.randn(9, 3, 64, 96), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(recalibrate(net, net.space.max_path(), [batch]))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, (mean, var) in results[0].layers.items():
+            assert torch.equal(other.layers[name][0], mean), name
+            assert torch.equal(other.layers[name][1], var), name
+
+
+def test_nan_reaches_the_moments() -> None:
+    net = DetectionSupernet(load_space("tiny"), num_classes=4, backend="fast")
+    batch = torch.randn(2, 3, 64, 64)
+    batch[1, 0, 32, 32] = torch.nan
+    statistics = recalibrate(net, net.space.min_path(), [batch])
+    assert all(bool(mean.isnan().any()) for mean, _ in statistics.layers.values())
 
 
 @pytest.mark.parametrize("backend", ["reference", "fast"])

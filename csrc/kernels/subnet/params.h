@@ -67,14 +67,38 @@ struct SubnetParams {
   float* logits = nullptr;                // [N, classes]
 };
 
+// A batch normalisation that calibration measures: where its parameters are, where its results go.
+struct CalibratedNorm {
+  const float* gamma = nullptr;  // [channels]
+  const float* beta = nullptr;
+  float eps = 0;
+  std::int64_t channels = 0;  // at most
+  float* scale = nullptr;     // what the subnet's layers read; set on the way
+  float* shift = nullptr;
+  float* mean = nullptr;          // of this batch
+  float* unbiased_var = nullptr;  // of this batch
+  std::int64_t measured_channels = 0;
+  std::int64_t count = 0;  // values per channel; 0: the path does not use this layer
+};
+
+// One path on one batch, each layer normalised with the moments of the batch.
+struct CalibrationParams {
+  SubnetParams net;  // its affines point at the scales of `norms`
+  CalibratedNorm* norms = nullptr;
+  std::int64_t num_norms = 0;
+};
+
 namespace portable {
 void subnet(const SubnetParams& p);
-}
+void calibrate(const CalibrationParams& p);
+}  // namespace portable
 namespace avx2 {
 void subnet(const SubnetParams& p);
-}
+void calibrate(const CalibrationParams& p);
+}  // namespace avx2
 namespace avx512 {
 void subnet(const SubnetParams& p);
-}
+void calibrate(const CalibrationParams& p);
+}  // namespace avx512
 
 }  // namespace pfnas

@@ -11,6 +11,7 @@
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/simd.h"
+#include "kernels/subnet/arena.h"
 #include "kernels/subnet/params.h"
 #include "kernels/subnet/stem.h"
 
@@ -20,65 +21,6 @@ namespace {
 using Params = SubnetParams;
 
 constexpr std::int64_t kImagesPerGroup = 8;
-
-struct Map {
-  std::int64_t height = 0;
-  std::int64_t width = 0;
-  std::int64_t pixels() const { return height * width; }
-  Map strided(int stride) const { return {(height + stride - 1) / stride, (width + stride - 1) / stride}; }
-};
-
-// Sizes of the arena's parts, in floats, for a group of `count` images.
-struct Layout {
-  Map taps[kMaxLevels];
-  std::int64_t tap_size[kMaxLevels] = {};
-  Map last;                     // the last block's output
-  std::int64_t turn_size = 0;   // each of the two buffers
-  std::int64_t level_size = 0;  // each of the head's two buffers: the finest level
-  std::int64_t pyramid_size[kMaxLevels] = {};
-  std::int64_t total = 0;
-  double flops = 0;
-
-  Layout(const Params& p, std::int64_t count) {
-    Map map = Map{p.height, p.width}.strided(2);
-    turn_size = count * map.pixels() * p.stem.out_channels;
-    flops = 2.0 * kStemTaps * static_cast<double>(turn_size);
-    for (int b = 0; b < p.num_blocks; ++b) {
-      const FusedMBConvParams& block = p.blocks[b].block;
-      const double expand = static_cast<double>(map.pixels() * block.in_channels);
-      map = map.strided(block.stride);
-      const std::int64_t size = count * map.pixels() * block.out_channels;
-      flops += 2.0 * static_cast<double>(count * block.mid_channels) *
-               (expand + static_cast<double>(map.pixels() * block.out_channels));
-      if (p.blocks[b].tap >= 0) {
-        taps[p.blocks[b].tap] = map;
-        tap_size[p.blocks[b].tap] = size;
-      }
-      turn_size = max_of(turn_size, size);
-    }
-    last = map;
-    total = 2 * turn_size;
-    for (int level = 0; level < p.num_levels; ++level) {
-      pyramid_size[level] = count * taps[level].pixels() * p.neck_channels;
-      level_size = max_of(level_size, pyramid_size[level]);
-      total += tap_size[level] + pyramid_size[level] + count * taps[level].pixels();  // rows to upsample from
-    }
-    total += 2 * level_size;
-    if (p.num_levels == 0) {
-      total += count * (last.pixels() + 1) * p.feature.out_channels + count * p.hidden.out_channels;
-    }
-  }
-};
-
-// Hands out the arena's parts.
-struct Arena {
-  float* next;
-  float* take(std::int64_t size) {
-    float* part = next;
-    next += size;
-    return part;
-  }
-};
 
 // Images [first, first + count) on their way through the net.
 struct Group {
@@ -127,24 +69,6 @@ const float* run_backbone(const Group& group, Arena& arena, const float** taps) 
     x = y;
   }
   return x;
-}
-
-// rows[m]: the pixel of the coarser map that nearest-neighbour upsampling gives to pixel m, as torch computes
-// it.
-void fill_upsampled_rows(std::int64_t count, Map coarse, Map fine, std::int32_t* rows) {
-  const float step_y = static_cast<float>(coarse.height) / static_cast<float>(fine.height);
-  const float step_x = static_cast<float>(coarse.width) / static_cast<float>(fine.width);
-  for (std::int64_t image = 0; image < count; ++image) {
-    for (std::int64_t y = 0; y < fine.height; ++y) {
-      const std::int64_t from_y =
-          min_of(static_cast<std::int64_t>(static_cast<float>(y) * step_y), coarse.height - 1);
-      const std::int64_t start = (image * coarse.height + from_y) * coarse.width;
-      for (std::int64_t x = 0; x < fine.width; ++x) {
-        const auto from_x = static_cast<std::int64_t>(static_cast<float>(x) * step_x);
-        *rows++ = static_cast<std::int32_t>(start + min_of(from_x, coarse.width - 1));
-      }
-    }
-  }
 }
 
 void run_neck(const Group& group, Arena& arena, const float* const* taps, float** pyramid) {

@@ -34,11 +34,13 @@ class Packer:
     Attributes:
         norm_names: Module names of the batch normalisations, in the order of the layout.
         norms: The modules.
+        norm_places: Where the folded scale of each is.
     """
 
     def __init__(self) -> None:
         self.norm_names: list[str] = []
         self.norms: list[nn.BatchNorm2d] = []
+        self.norm_places: list[int] = []
         self._norm_layout: list[dict[str, Any]] = []
         self._parts: list[tuple[int, Tensor]] = []
         self._size = 0
@@ -70,6 +72,7 @@ class Packer:
         self._folded_size += 2 * width
         self.norm_names.append(name)
         self.norms.append(module)
+        self.norm_places.append(folded[0])
         self._norm_layout.append(
             {
                 "gamma": self.add(module.weight),

@@ -36,8 +36,8 @@ class PackedWeights:
     """
 
     def __init__(self, net: Any, packer: Packer, layout: dict[str, Any]) -> None:
-        self.compiled, self._folded_size = packer.finish(layout), packer.folded_size
-        self.norm_names, self.norms = packer.norm_names, packer.norms
+        self.compiled, self.folded_size = packer.finish(layout), packer.folded_size
+        self.norm_names, self.norms, self.norm_places = packer.norm_names, packer.norms, packer.norm_places
         self.norm_widths = {
             name: norm.num_features for name, norm in zip(packer.norm_names, packer.norms, strict=True)
         }
@@ -69,7 +69,7 @@ class PackedWeights:
             else:
                 means.append(None if pair is None else pair[0].contiguous())
                 variances.append(None if pair is None else pair[1].contiguous())
-        folded = torch.full((self._folded_size,), torch.nan)
+        folded = torch.full((self.folded_size,), torch.nan)
         self.compiled.fold(means, variances, folded)
         if statistics is None:
             self._running = folded
@@ -219,6 +219,45 @@ class PreparableMixin(nn.Module, Generic[Output]):
 
         Only float32 on the CPU is compiled; None for everything else, which the layers then compute.
         """
+        packed = self._packed_for(images)
+        if packed is None:
+            return None
+        statistics: dict[str, tuple[Tensor, Tensor]] | None = None
+        for name, norm in zip(packed.norm_names, packed.norms, strict=True):
+            if isinstance(norm, DynamicBatchNorm2d):
+                if norm.collector is not None:
+                    return None
+                if norm.statistics is not None:
+                    statistics = {} if statistics is None else statistics
+                    if norm.statistics[0].numel() > 0:
+                        statistics[name] = norm.statistics
+        return self.prepare(path, None if statistics is None else BNStatistics(statistics))
+
+    def _try_calibrate(self, images: Tensor, path: Path) -> list[tuple[str, int, Tensor, Tensor]] | None:
+        """Moments of one batch in every layer that the path uses, each normalised with them.
+
+        Returns:
+            (module name, values per channel, mean, unbiased variance) per layer, float32 [C] each; None where
+            `_try_prepared` would give None.
+        """
+        packed = self._packed_for(images) if self.backbone.backend == "fast" else None
+        if packed is None or images.shape[0] == 0:
+            return None
+        folded = torch.full((packed.folded_size,), torch.nan)
+        mean, var = torch.empty_like(folded), torch.empty_like(folded)
+        subnet = _C.Subnet(packed.compiled, _choices(self.space, packed, path), folded)
+        return [
+            (
+                packed.norm_names[index],
+                count,
+                mean.narrow(0, packed.norm_places[index], channels),
+                var.narrow(0, packed.norm_places[index], channels),
+            )
+            for index, count, channels in subnet.calibrate(images, mean, var)
+        ]
+
+    def _packed_for(self, images: Tensor) -> PackedWeights | None:
+        """The packed weights, if compiled code may stand in for the layers on these images."""
         if (
             self.training
             or torch.is_grad_enabled()
@@ -235,18 +274,10 @@ class PreparableMixin(nn.Module, Generic[Output]):
         if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
             return None
         packed = self._packed_weights()
-        statistics: dict[str, tuple[Tensor, Tensor]] | None = None
         for module in packed.modules:
-            if module._forward_hooks or module._forward_pre_hooks:
+            if module._forward_hooks or module._forward_pre_hooks or module.training:
                 return None
-            if module.training or (isinstance(module, DynamicBatchNorm2d) and module.collector is not None):
-                return None
-        for name, norm in zip(packed.norm_names, packed.norms, strict=True):
-            if isinstance(norm, DynamicBatchNorm2d) and norm.statistics is not None:
-                statistics = {} if statistics is None else statistics
-                if norm.statistics[0].numel() > 0:
-                    statistics[name] = norm.statistics
-        return self.prepare(path, None if statistics is None else BNStatistics(statistics))
+        return packed
 
     def train(self, mode: bool = True) -> Any:
         """As `torch.nn.Module.train`; entering training mode drops what was prepared."""

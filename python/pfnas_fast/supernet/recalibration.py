@@ -147,6 +147,29 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+        drop = getattr(model, "drop_prepared", None)
+        if drop is not None and model.training:
+            drop()  # what is trained changes its weights, which not every optimiser tells
+
+
+def _calibrate_compiled(
+    model: Any, images: Tensor, path: Path | None, collectors: Mapping[str, _Collector]
+) -> bool:
+    """Measure one batch in one call; False: the model cannot, or something looks inside of it."""
+    calibrate = getattr(model, "_try_calibrate", None)
+    if calibrate is None:
+        return False
+    measured = calibrate(images, model.active_path if path is None else path)
+    if measured is None:
+        return False
+    for name, count, mean, var in measured:
+        if count < 2:
+            raise InputError(
+                f"recalibrate: expected batches with more than one value per channel for batches, got input "
+                f"{tuple(images.shape)}, one value at {name}"
+            )
+        collectors[name].take(count, mean, var)
+    return True
 
 
 def recalibrate(
@@ -227,6 +250,8 @@ def recalibrate_paths(
             for images in batches:
                 num_batches += 1
                 for path, of_path in zip(paths, collectors, strict=True):
+                    if forward is None and _calibrate_compiled(model, images, path, of_path):
+                        continue
                     for name, norm in norms.items():
                         norm.collector = of_path[name]
                     forward(images) if forward is not None else model(images, path)
