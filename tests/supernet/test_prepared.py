@@ -168,7 +168,6 @@ def test_changed_weights_drop_it(change: str) -> None:
         net.load_state_dict(make("classifier", seed=1).state_dict())
     elif change == "in place":
         net.backbone.blocks[0].expand_conv.weight.mul_(2)
-        net.prepare(path)  # sees the change
     elif change == "dropped":
         net.drop_prepared()
     else:
@@ -303,3 +302,64 @@ def test_state_dict_is_unchanged() -> None:
     net.prepare(net.space.min_path())
     assert set(net.state_dict()) == names
     assert isinstance(net, nn.Module)
+
+
+@pytest.mark.parametrize("change", ["call", "parameter", "assign", "buffer", "layer", "double"])
+@torch.no_grad()
+def test_forward_sees_replaced_parts(change: str) -> None:
+    net, other = make("classifier"), make("classifier", seed=1)
+    path, images = net.space.max_path(), torch.randn(2, 3, 32, 32)
+    net(images, path)  # packs
+    ours, theirs = net.backbone.blocks[0], other.backbone.blocks[0]
+    if change == "call":
+        state = dict(other.named_parameters())
+        actual = torch.func.functional_call(net, state, (images, path))
+        with torch.enable_grad():
+            expected = torch.func.functional_call(net, state, (images, path)).detach()
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(net(images, path), reference(net, images, path)[0], rtol=1e-4, atol=1e-4)
+        return
+    if change == "parameter":
+        ours.expand_conv.weight = nn.Parameter(theirs.expand_conv.weight.clone())
+    elif change == "assign":
+        ours.load_state_dict(theirs.state_dict(), assign=True)
+    elif change == "buffer":
+        ours.expand_bn.running_mean = theirs.expand_bn.running_mean.clone()
+    elif change == "layer":
+        net.backbone.blocks[0] = theirs
+    else:
+        ours.double()
+        with pytest.raises((RuntimeError, TypeError)):  # what the layers say; not stale weights
+            net(images, path)
+        return
+    torch.testing.assert_close(net(images, path), reference(net, images, path)[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_statistics_lent_to_a_part_go_through_the_layers() -> None:
+    net = make("classifier")
+    path, images = net.space.min_path(), torch.randn(2, 3, 32, 32)
+    statistics = recalibrate(net, path, [torch.randn(4, 3, 32, 32)])
+    with use_statistics(net.backbone, statistics.within("backbone")):
+        actual, expected = net(images, path), reference(net, images, path)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_nets_made_in_inference_mode_go_through_the_layers() -> None:
+    with torch.inference_mode():
+        net = make("classifier")
+        path, images = net.space.min_path(), torch.randn(1, 3, 32, 32)
+        assert net(images, path).shape == (1, 3)
+        with pytest.raises(TypeError, match="inference mode"):
+            net.prepare(path)
+
+
+def test_a_detector_refuses_foreign_paths() -> None:
+    net = make("detector")
+    narrow = net.extract(net.space.min_path(), None)
+    with pytest.raises(InputError, match="prepare: expected"):
+        narrow.prepare(net.space.max_path())
+    half = make("classifier")
+    half.backbone.blocks[0].train()
+    with pytest.raises(InputError, match=r"got 'backbone\.blocks\.0' in training mode"):
+        half.prepare(half.space.min_path())

@@ -86,7 +86,8 @@ class Detector(PreparableMixin[DetectorOutput]):
     ) -> Detection:
         """Detect objects in one image as it comes from a decoder; scales and normalises it.
 
-        On the CPU in float32, the compiled subnet (`prepare`) does it; the first call packs the weights.
+        On the CPU in float32, the compiled subnet (`prepare`) does it; the first call packs the weights. It
+        does not see writes to them through ``.data`` or numpy: call `drop_prepared` after such.
 
         Args:
             image: RGB, [3, H, W], uint8, any size.

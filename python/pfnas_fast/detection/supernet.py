@@ -34,6 +34,7 @@ class DetectionSupernet(PreparableMixin[DetectorOutput], ActiveSubnetMixin):
         backend: ``"reference"`` (pure PyTorch) or ``"fast"`` (the ops of this package). In eval mode and
             without gradients, ``"fast"`` runs whole paths as compiled subnets (`prepare`), in float32 on the
             CPU; nets and images of other types go through the layers, which name what they do not support.
+            What is compiled does not see writes through ``.data`` or numpy: call `drop_prepared` after such.
 
     Attributes:
         cost: MACs, parameters and saved bytes of whole detectors of this space and number of classes.

@@ -54,6 +54,7 @@ class ClassificationSupernet(PreparableMixin[Tensor], ActiveSubnetMixin):
         backend: ``"reference"`` (pure PyTorch) or ``"fast"``, as for `DetectionSupernet`: in eval mode and
             without gradients, whole paths run as compiled subnets (`prepare`), in float32 on the CPU; nets
             and images of other types go through the layers, which name what they do not support.
+            What is compiled does not see writes through ``.data`` or numpy: call `drop_prepared` after such.
 
     Raises:
         InputError: unknown backend or no class.

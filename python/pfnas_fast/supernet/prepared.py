@@ -33,9 +33,10 @@ class PackedWeights:
         net: The net.
         packer: Its batch normalisations.
         layout: Where its parts are.
+        version: `weights_version` of the net, taken before it was packed: a write in between must show.
     """
 
-    def __init__(self, net: Any, packer: Packer, layout: dict[str, Any]) -> None:
+    def __init__(self, net: Any, packer: Packer, layout: dict[str, Any], version: int) -> None:
         self.compiled, self.folded_size = packer.finish(layout), packer.folded_size
         self.norm_names, self.norms, self.norm_places = packer.norm_names, packer.norms, packer.norm_places
         self.norm_widths = {
@@ -46,14 +47,29 @@ class PackedWeights:
         self.block_names = {int(key): f"backbone.blocks.{key}" for key in keys}
         self.places = {int(key): place for place, key in enumerate(keys)}
         self.has_levels = bool(layout["laterals"])
+        entries = layout["blocks"][-len(keys) :]
+        self.kernel_sizes = {int(key): tuple(e["filters"]) for key, e in zip(keys, entries, strict=True)}
+        self.max_mid_channels = {
+            int(key): e["max_mid_channels"] for key, e in zip(keys, entries, strict=True)
+        }
+        self._owners = [
+            (entries, name, value)
+            for module in self.modules
+            for entries in (module._parameters, module._buffers, module._modules)
+            for name, value in entries.items()
+        ]
         self._tensors = [*net.parameters(), *net.buffers()]
-        self.version = self.current_version()
+        self.version = version
         self._running: Tensor | None = None
         self.subnets: dict[Path, Any] = {}
 
     def current_version(self) -> int:
         """Grows with every in-place change of a parameter or buffer that goes through torch."""
         return sum([tensor._version for tensor in self._tensors])
+
+    def is_of_same_parts(self) -> bool:
+        """Whether every parameter, buffer and submodule is still the object that was packed."""
+        return all(entries.get(name) is value for entries, name, value in self._owners)
 
     def folded(self, statistics: BNStatistics | None) -> Tensor:
         """Scales and shifts of every batch normalisation, one flat tensor; None: the running statistics."""
@@ -74,6 +90,21 @@ class PackedWeights:
         if statistics is None:
             self._running = folded
         return folded
+
+
+def weights_version(net: nn.Module) -> int:
+    """Sum of the versions of all parameters and buffers."""
+    return sum([tensor._version for tensor in [*net.parameters(), *net.buffers()]])
+
+
+def _why_not_compiled(net: nn.Module) -> str | None:
+    """What keeps a net from being packed, as the end of a sentence; None: nothing."""
+    for tensor in (*net.parameters(), *net.buffers()):
+        if tensor.is_floating_point() and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
+            return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
+        if tensor.is_inference():
+            return "tensors made in inference mode, whose changes cannot be seen"
+    return None
 
 
 class PreparedSubnet(Generic[Output]):
@@ -111,7 +142,8 @@ class PreparedSubnet(Generic[Output]):
             InputError: the shape is another, or the net's weights have changed since (prepare again).
             TypeError: not float32.
         """
-        if self._net.__dict__.get("_packed") is not self._packed:
+        packed = self._packed
+        if self._net.__dict__.get("_packed") is not packed or packed.version != packed.current_version():
             raise InputError(
                 "PreparedSubnet: expected the weights it was prepared with, got a net that was trained,"
                 " loaded or changed since: call prepare() again"
@@ -202,15 +234,18 @@ class PreparableMixin(nn.Module, Generic[Output]):
             raise InputError("prepare: expected a net in eval mode, got one in training mode")
         packed = self.__dict__.get("_packed")
         if packed is None or packed.version != packed.current_version():
-            parameter = next(self.parameters())
-            if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
-                got = f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}"
-                raise TypeError(f"prepare: expected a net of float32 on the CPU, got {got}")
+            problem = _why_not_compiled(self)
+            if problem is not None:
+                raise TypeError(f"prepare: expected a net of float32 on the CPU, got {problem}")
+            for name, module in self.named_modules():
+                if module.training:
+                    raise InputError(f"prepare: expected a net in eval mode, got {name!r} in training mode")
             with _PACKING, torch.no_grad():
                 newest = self.__dict__.get("_packed")  # another thread may have been faster
                 if newest is not packed and newest is not None:
                     return newest
-                packed = PackedWeights(self, *self._pack())
+                version = weights_version(self)
+                packed = PackedWeights(self, *self._pack(), version)
                 self.__dict__["_packed"] = packed
         return packed
 
@@ -231,6 +266,12 @@ class PreparableMixin(nn.Module, Generic[Output]):
                     statistics = {} if statistics is None else statistics
                     if norm.statistics[0].numel() > 0:
                         statistics[name] = norm.statistics
+                elif statistics is not None:
+                    return None  # lent to a part of the net only
+        if statistics is not None and len(packed.norms) > 0:
+            first = packed.norms[0]
+            if isinstance(first, DynamicBatchNorm2d) and first.statistics is None:
+                return None
         return self.prepare(path, None if statistics is None else BNStatistics(statistics))
 
     def _try_calibrate(self, images: Tensor, path: Path) -> list[tuple[str, int, Tensor, Tensor]] | None:
@@ -270,8 +311,14 @@ class PreparableMixin(nn.Module, Generic[Output]):
             return None
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
             return None  # forward names the mistake
-        parameter = next(self.parameters())
-        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+        packed = self.__dict__.get("_packed")
+        if packed is not None and not packed.is_of_same_parts():
+            self.drop_prepared()  # a parameter or layer was replaced
+            packed = None
+        is_stale = packed is None or packed.version != packed.current_version()
+        if is_stale and (
+            _why_not_compiled(self) is not None or any(module.training for module in self.modules())
+        ):
             return None
         packed = self._packed_weights()
         for module in packed.modules:
@@ -321,6 +368,17 @@ def _choices(space: Space, packed: PackedWeights, path: Path) -> list[tuple[int,
     taps = {stage: level for level, stage in enumerate(space.taps)} if packed.has_levels else {}
     for block in _active_blocks(space, path):
         mid = block.mid_channels(path.expand_ratios[block.index])
+        kernel_sizes = packed.kernel_sizes.get(block.index, ())
+        if path.kernel_sizes[block.index] not in kernel_sizes:
+            raise InputError(
+                f"prepare: expected one of the kernel sizes {list(kernel_sizes)} of block {block.index} in"
+                f" path, got {path.kernel_sizes[block.index]}"
+            )
+        if mid > packed.max_mid_channels[block.index]:
+            raise InputError(
+                f"prepare: expected at most {packed.max_mid_channels[block.index]} middle channels of block "
+                f"{block.index} in path, got {mid}"
+            )
         is_last = block.position == path.depths[block.stage] - 1
         choices.append(
             (
