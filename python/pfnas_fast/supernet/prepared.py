@@ -306,7 +306,7 @@ class PreparableMixin(nn.Module, Generic[Output]):
             or images.dtype != torch.float32
             or torch.is_autocast_enabled("cpu")
             or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
+            or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         ):
             return None
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
