@@ -6,9 +6,7 @@
 
 #include <omp.h>
 
-#include <atomic>
 #include <cstdint>
-#include <exception>
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -43,11 +41,10 @@ static inline int max_threads() {
   return omp_in_parallel() || !workers_available() ? 1 : omp_get_max_threads();
 }
 
-// Calls body(i) once for every i in [0, num_items). `flops` is the work of the whole loop. Static cyclic
-// schedule: neighbouring items (which share cache lines) run at the same time on different cores. Workers
-// take over the caller's rounding and denormal mode, so a result is the same whichever thread computes it.
-// Where bodies throw (no memory for scratch, say), items not yet begun are left out and one of the exceptions
-// reaches the caller.
+// Calls body(i) once for every i in [0, num_items); body must not throw. `flops` is the work of the whole
+// loop. Static cyclic schedule: neighbouring items (which share cache lines) run at the same time on
+// different cores. Workers take over the caller's rounding and denormal mode, so a result is the same
+// whichever thread computes it.
 template <class Body>
 void parallel_for(std::int64_t num_items, double flops, const Body& body) {
   const double wanted = flops / kMinFlopsPerThread;
@@ -59,24 +56,14 @@ void parallel_for(std::int64_t num_items, double flops, const Body& body) {
     return;
   }
   const unsigned mode = float_mode();
-  std::atomic<bool> failed{false};
-  std::exception_ptr error;
 #pragma omp parallel num_threads(static_cast<int>(num_threads))
   {
     const unsigned own_mode = float_mode();
     set_float_mode(mode);
 #pragma omp for schedule(static, 1)
-    for (std::int64_t i = 0; i < num_items; ++i) {
-      if (failed.load(std::memory_order_relaxed)) continue;
-      try {
-        body(i);
-      } catch (...) {  // an exception must not leave a parallel region
-        if (!failed.exchange(true)) error = std::current_exception();
-      }
-    }
+    for (std::int64_t i = 0; i < num_items; ++i) body(i);
     set_float_mode(own_mode);
   }
-  if (error != nullptr) std::rethrow_exception(error);
 }
 
 }  // namespace pfnas

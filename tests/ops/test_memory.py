@@ -103,9 +103,9 @@ def test_released_memory_leaves_the_process() -> None:
 
 def test_release_frees_scratch_too() -> None:
     dynamic_depthwise_conv(torch.randn(1, 64, 64, 64), torch.randn(64, 1, 7, 7), kernel_size=7)
-    assert _C.scratch_bytes() > 0
+    held = _C.scratch_bytes()
     release_memory()
-    assert _C.scratch_bytes() == 0
+    assert _C.scratch_bytes() < held  # other threads keep theirs until they next run a kernel
 
 
 def test_small_tensors_are_left_to_torch() -> None:
