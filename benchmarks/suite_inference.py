@@ -8,13 +8,17 @@ predictions.
 
 B-static: `get_active_subnet`, channels_last, eval, no gradients. ORT: the ONNX export of the same module, all
 optimisations, intra_op threads as ours, one input array of ordinary NCHW layout. All three sides get the same
-images; nothing is copied for one side only.
+images; nothing is copied for one side only. Without onnxruntime (`pip install onnxruntime onnx onnxscript`)
+its rows are left out, and stderr says so.
 """
 
+import itertools
 import pathlib
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -75,7 +79,7 @@ def raw(output: Any) -> Tensor:
 
 def onnx_session(plain: nn.Module, images: Tensor) -> Callable[[], Any]:
     """The module in onnxruntime, bound to `images`."""
-    import onnxruntime as ort
+    import onnxruntime as ort  # pyright: ignore[reportMissingImports]
 
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "net.onnx"
@@ -112,15 +116,22 @@ def inference(name: str, kind: str, path_name: str, batch: int, baseline: str) -
     return Comparison(name, ours, theirs, check, baseline)
 
 
+def baselines() -> tuple[str, ...]:
+    """What is installed."""
+    missing = [name for name in ("onnxruntime", "onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        print(
+            f"inference: rows against ort are left out: not installed: {', '.join(missing)}", file=sys.stderr
+        )
+        return ("b-static",)
+    return ("b-static", "ort")
+
+
 def comparisons() -> Iterator[tuple[str, Callable[[], Comparison]]]:
     """Every row's name with the function that prepares it."""
-    for batch in (16, 1):
-        for path_name in PATHS:
-            for baseline in ("b-static", "ort"):
-                name = f"inference/n{batch}/{path_name}"
-                yield name, partial(inference, name, "classifier", path_name, batch, baseline)
-    for batch in (8, 1):
-        for path_name in PATHS:
-            for baseline in ("b-static", "ort"):
-                name = f"inference/detector/n{batch}/{path_name}"
-                yield name, partial(inference, name, "detector", path_name, batch, baseline)
+    against = baselines()
+    for kind, batches in (("classifier", (16, 1)), ("detector", (8, 1))):
+        prefix = "inference" if kind == "classifier" else "inference/detector"
+        for batch, path_name, baseline in itertools.product(batches, PATHS, against):
+            name = f"{prefix}/n{batch}/{path_name}"
+            yield name, partial(inference, name, kind, path_name, batch, baseline)

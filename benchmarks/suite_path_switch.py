@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What choosing another path costs before its first image, ofa_mbv3_w1.0.
 
-Ours: ``net.prepare(path)`` with the weights packed: of a path that is new, and (`known`) of one that was
-prepared before. Theirs: slicing every weight and deriving every kernel of the path, as the reference does in
-each forward (``slice+transform``), and copying them into a net of their own (``copy``: `get_active_subnet`).
+Ours: ``net.prepare(path)`` with the weights packed and the running statistics folded: of a path that is new,
+and (`known`) of one that was prepared before. Theirs: slicing every weight and deriving every kernel of the
+path, as the reference does in each forward (``slice+transform``), and copying them into a net of their own
+(``copy``: `get_active_subnet`).
 """
 
 import itertools

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The C++ side by itself: kernels from plain C++, and the rules that keep the layers and the tiers apart."""
 
+import os
 import platform
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -81,8 +83,12 @@ def sixteen_lanes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ROOT / "tests" / "csrc" / "test_kernels.cpp",
         *sorted((CSRC / "common").glob("*.cpp")),
     ]
-    for source in sources:
+
+    def compile_one(source: Path) -> None:
         subprocess.run([compiler, *flags, "-c", source, "-o", folder / f"{source.stem}.o"], check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(compile_one, sources))
     subprocess.run([compiler, "-fopenmp", *folder.glob("*.o"), "-o", folder / "test_kernels"], check=True)
     return folder
 
