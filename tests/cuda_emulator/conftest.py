@@ -2,9 +2,11 @@
 """Emulated builds of the CUDA kernels, made once per session, and the orders in which threads run."""
 
 import shutil
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+from emulated_ops import ORDERS, emulated_ops
 from emulator_build import PLAIN, TRACED, build_module, compiler, load_module
 
 
@@ -21,6 +23,23 @@ def emulator() -> str:
 def plain(emulator: str) -> ModuleType:
     """All CUDA ops, emulated, at full speed."""
     return load_module(build_module(PLAIN))
+
+
+@pytest.fixture(params=ORDERS, ids=lambda order: f"{order[0]}-{order[1]}")
+def ordered(request: pytest.FixtureRequest, plain: ModuleType) -> Iterator[ModuleType]:
+    """The plain build, running threads and blocks in one of the orders; the ops run on it."""
+    plain.set_order(*request.param)
+    with emulated_ops(plain):
+        yield plain
+    plain.set_order("forward")
+
+
+@pytest.fixture
+def emulated(plain: ModuleType) -> Iterator[ModuleType]:
+    """The plain build, with the ops running on it, as sm_80 unless a test sets another."""
+    with emulated_ops(plain):
+        yield plain
+    plain.set_compute_capability(80)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,10 @@ from pfnas_fast.ops.dynamic_pointwise_conv import cuda_implementations as pointw
 IMPLEMENTATIONS: tuple[Callable[[Any], dict[str, Callable[..., Any]]], ...] = (depthwise, pointwise)
 
 
+# Order of blocks and threads, and seed of the emulator.
+ORDERS = [("forward", 1), ("reverse", 1), ("random", 1), ("forward", 2), ("reverse", 2), ("random", 2)]
+
+
 @contextmanager
 def emulated_ops(module: Any) -> Iterator[None]:
     """Within it, every op that has a CUDA implementation runs it on CPU tensors, over `module`."""

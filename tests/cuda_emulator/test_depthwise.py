@@ -2,13 +2,12 @@
 """The CUDA kernels of dynamic_depthwise_conv, emulated: storage types, thread orders, ragged shapes."""
 
 import math
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from emulated_ops import emulated_ops
+from emulated_ops import ORDERS, emulated_ops
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,7 +15,6 @@ from torch import Tensor
 from pfnas_fast.ops import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ORDERS = [("forward", 1), ("reverse", 1), ("random", 1), ("forward", 2), ("reverse", 2), ("random", 2)]
 
 
 class Call(NamedTuple):
@@ -94,21 +92,6 @@ def assert_close(actual: Results, wanted: Results, call: Call) -> None:
         # denormals of float16 have an absolute spacing
         bound = bound + (2.0**-25 if call.dtype == torch.float16 else 0)
         assert bool((error <= bound).all()), f"{name} {call}: {float((error - bound).max()):.2e} too far"
-
-
-@pytest.fixture(params=ORDERS, ids=lambda order: f"{order[0]}-{order[1]}")
-def ordered(request: pytest.FixtureRequest, plain: ModuleType) -> Iterator[ModuleType]:
-    """The plain build, running threads and blocks in one of the orders; the ops run on it."""
-    plain.set_order(*request.param)
-    with emulated_ops(plain):
-        yield plain
-    plain.set_order("forward")
-
-
-@pytest.fixture
-def emulated(plain: ModuleType) -> Iterator[ModuleType]:
-    with emulated_ops(plain):
-        yield plain
 
 
 CALLS = [

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA path filter, emulated: the CPU engine's draws to the bit, scores, thresholds and best paths."""
 
-from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -27,7 +26,6 @@ from pfnas_fast.ops.path_filter import CudaPathFilter
 from pfnas_fast.space import AdditiveCost, BudgetSampler, CostModel, load_space
 
 SOURCE = CSRC / "kernels" / "path_filter" / "path_filter_cuda.cu"
-ORDERS = [("forward", 1), ("reverse", 1), ("random", 1), ("forward", 2), ("reverse", 2), ("random", 2)]
 
 
 @cache
@@ -83,13 +81,6 @@ def ranker(search: SearchSpace, kind: str) -> BudgetRanker:
 
 def on_emulator(module: ModuleType, search: SearchSpace, scorer: BudgetRanker) -> CudaPathFilter:
     return CudaPathFilter(search, scorer, device=torch.device("cpu"), module=module)
-
-
-@pytest.fixture(params=ORDERS, ids=lambda order: f"{order[0]}-{order[1]}")
-def ordered(request: pytest.FixtureRequest, plain: ModuleType) -> Iterator[ModuleType]:
-    plain.set_order(*request.param)
-    yield plain
-    plain.set_order("forward")
 
 
 @pytest.mark.parametrize("preset", ["tiny", "ofa_mbv3_w1.0"])

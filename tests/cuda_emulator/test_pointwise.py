@@ -3,7 +3,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,7 +18,6 @@ from pfnas_fast.ops import pack_pointwise_weight, reference
 
 SOURCE = CSRC / "kernels" / "dynamic_pointwise_conv" / "dynamic_pointwise_conv_cuda.cu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ORDERS = [("forward", 1), ("reverse", 1), ("random", 1), ("forward", 2), ("reverse", 2), ("random", 2)]
 ACTIVATIONS = (None, "relu", "hswish")
 
 
@@ -80,21 +79,6 @@ def assert_close(y: Tensor, arguments: dict[str, Any], call: Call) -> None:
         bound = bound + torch.finfo(call.dtype).eps / 2 * expected.abs()
     error = (y.double() - expected).abs()
     assert bool((error <= bound).all()), f"{call}: {float((error - bound).max()):.2e} too far"
-
-
-@pytest.fixture(params=ORDERS, ids=lambda order: f"{order[0]}-{order[1]}")
-def ordered(request: pytest.FixtureRequest, plain: ModuleType) -> Iterator[ModuleType]:
-    plain.set_order(*request.param)
-    with emulated_ops(plain):
-        yield plain
-    plain.set_order("forward")
-
-
-@pytest.fixture
-def emulated(plain: ModuleType) -> Iterator[ModuleType]:
-    with emulated_ops(plain):
-        yield plain
-    plain.set_compute_capability(80)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -2,20 +2,18 @@
 """Gradients and moments of dynamic_pointwise_conv's CUDA kernels, emulated."""
 
 import math
-from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
-from emulated_ops import emulated_ops
+from emulated_ops import ORDERS, emulated_ops
 from torch import Tensor
 from traces import Trace, trace
 
 from pfnas_fast.ops import pack_pointwise_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ORDERS = [("forward", 1), ("reverse", 1), ("random", 1), ("forward", 2), ("reverse", 2), ("random", 2)]
 SECTOR = 32
 names = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -108,21 +106,6 @@ def assert_close(actual: Results, operands: Operands) -> None:
         error = (a.double() - b).abs()
         assert bool((error <= bound).all()), f"{name}: {float((error - bound).max()):.2e} too far"
         assert bool((a[b == 0] == 0).all()), f"{name}: something was written outside the active part"
-
-
-@pytest.fixture(params=ORDERS, ids=lambda order: f"{order[0]}-{order[1]}")
-def ordered(request: pytest.FixtureRequest, plain: ModuleType) -> Iterator[ModuleType]:
-    plain.set_order(*request.param)
-    with emulated_ops(plain):
-        yield plain
-    plain.set_order("forward")
-
-
-@pytest.fixture
-def emulated(plain: ModuleType) -> Iterator[ModuleType]:
-    with emulated_ops(plain):
-        yield plain
-    plain.set_compute_capability(80)
 
 
 @names
