@@ -25,6 +25,20 @@ PathScoreKernel select_path_score_kernel(Isa isa) {
   return portable::path_score;
 }
 
+bool fill_scored_paths(ScoredPaths& p, const char* op, int num_slots, bool needs_budget, py::handle codes,
+                       py::handle z, py::handle scores) {
+  const CodesArg paths = codes_arg(codes, op, num_slots);
+  p.codes = paths.data;
+  p.num_paths = paths.num_paths;
+  p.path_stride = paths.path_stride;
+  p.slot_stride = paths.slot_stride;
+  if (p.num_paths == 0) return false;  // empty tensors may have null pointers
+  p.z = optional_array_arg<float>(z, op, "z", {p.num_paths});
+  PFNAS_CHECK(p.z != nullptr || !needs_budget);
+  p.scores = array_arg<float>(scores, op, "scores", {p.num_paths});
+  return true;
+}
+
 namespace {
 
 constexpr const char* kOp = "path_score";
@@ -99,21 +113,12 @@ ScoreModelHolder make_model(const py::dict& f) {
   return holder;
 }
 
-// codes: uint8 [n, num_slots], any strides, checked. z: float32 [n] or None. scores: float32 [n]. members:
-// float32 [num_members, n] or None.
+// members: float32 [num_members, n] or None.
 void path_score(const ScoreModelHolder& holder, py::handle codes, py::handle z, py::handle scores,
                 py::handle members) {
   PathScoreParams p;
   p.model = holder.model;
-  const CodesArg paths = codes_arg(codes, kOp, p.model.num_slots);
-  p.codes = paths.data;
-  p.num_paths = paths.num_paths;
-  p.path_stride = paths.path_stride;
-  p.slot_stride = paths.slot_stride;
-  if (p.num_paths == 0) return;  // empty tensors may have null pointers
-  p.z = optional_array_arg<float>(z, kOp, "z", {p.num_paths});
-  PFNAS_CHECK(p.z != nullptr || !p.model.needs_budget());
-  p.scores = array_arg<float>(scores, kOp, "scores", {p.num_paths});
+  if (!fill_scored_paths(p, kOp, p.model.num_slots, p.model.needs_budget(), codes, z, scores)) return;
   p.members = optional_array_arg<float>(members, kOp, "members", {p.model.num_members, p.num_paths});
   const PathScoreKernel kernel = select_path_score_kernel(active_isa());
   const py::gil_scoped_release released;

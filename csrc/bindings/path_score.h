@@ -15,6 +15,11 @@ struct ScoreModelHolder {
   PathScoreModel model;
 };
 
+// Fills in what both kinds of scoring take; false: there is no path. codes: uint8 [n, num_slots], any
+// strides, checked. z: float32 [n], or None where no budget is needed. scores: float32 [n].
+bool fill_scored_paths(ScoredPaths& p, const char* op, int num_slots, bool needs_budget,
+                       pybind11::handle codes, pybind11::handle z, pybind11::handle scores);
+
 using PathScoreKernel = void (*)(const PathScoreParams&);
 PathScoreKernel select_path_score_kernel(Isa isa);
 

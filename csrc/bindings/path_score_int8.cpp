@@ -64,21 +64,12 @@ Int8ModelHolder make_model(const py::dict& f) {
   return holder;
 }
 
-// codes: uint8 [n, num_slots], any strides, checked. z: float32 [n] or None. scores: float32 [n].
 void path_score_int8(const Int8ModelHolder& holder, py::handle codes, py::handle z, py::handle scores,
                      bool allow_vnni) {
   Int8ScoreParams p;
   p.model = holder.model;
-  const CodesArg paths = codes_arg(codes, kOp, p.model.num_slots);
-  p.codes = paths.data;
-  p.num_paths = paths.num_paths;
-  p.path_stride = paths.path_stride;
-  p.slot_stride = paths.slot_stride;
   p.use_vnni = allow_vnni && cpu_has_vnni();
-  if (p.num_paths == 0) return;  // empty tensors may have null pointers
-  p.z = optional_array_arg<float>(z, kOp, "z", {p.num_paths});
-  PFNAS_CHECK(p.z != nullptr || !p.model.needs_budget);
-  p.scores = array_arg<float>(scores, kOp, "scores", {p.num_paths});
+  if (!fill_scored_paths(p, kOp, p.model.num_slots, p.model.needs_budget, codes, z, scores)) return;
   const Int8ScoreKernel kernel = select_int8_score_kernel(active_isa());
   const py::gil_scoped_release released;
   kernel(p);

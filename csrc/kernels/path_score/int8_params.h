@@ -2,11 +2,14 @@
 // The contract of path_score_int8: one network with one dense layer, in integers. Column k of the first layer
 // counts steps of its own size; rounded down to 8 bits it meets weights of 8 bits:
 //
-//   q[k] = start[k](z) + sum over look-ups of table[row][k]     modulo 2^16; the whole sum fits int16
-//   (prepared by Python) a[k] = min(max((q[k] + 64) >> 7, 0), 255) y[j] = scale[j] * sum over k of a[k]
-//   weights[j][k] + bias[j] score = sum over j of head[j] relu(y[j]) + linear part
+// clang-format off
+//   q[k] = start[k](z) + sum over look-ups of table[row][k]     (prepared by Python)
+//   a[k] = min(max((q[k] + 64) >> 7, 0), 255)
+//   y[j] = scale[j] * (sum over k of a[k] weights[j][k]) + bias[j]
+//   score = sum over j of head[j] relu(y[j]) + linear part
+// clang-format on
 //
-// q is a sum modulo 2^16 whose value fits int16. t and the last two lines are float32, the rest is exact.
+// q is a sum modulo 2^16 whose value fits int16. The last two lines are float32, the rest is exact.
 // Python proves how far the score can be from that of path_score.
 #pragma once
 
@@ -41,15 +44,9 @@ struct Int8Model {
   float linear_budget = 0;
 };
 
-struct Int8ScoreParams {
+struct Int8ScoreParams : ScoredPaths {
   Int8Model model;
-  std::int64_t num_paths = 0;
-  const std::uint8_t* codes = nullptr;  // codes[slot * slot_stride + path * path_stride]
-  std::int64_t slot_stride = 0;
-  std::int64_t path_stride = 0;
-  const float* z = nullptr;  // [num_paths], null where the budget is no input
-  float* scores = nullptr;   // [num_paths]
-  bool use_vnni = false;     // 16-lane tier only: the CPU has AVX512-VNNI; the same integers either way
+  bool use_vnni = false;  // 16-lane tier only: the CPU has AVX512-VNNI; the same integers either way
 };
 
 namespace portable {

@@ -71,14 +71,18 @@ struct PathScoreModel {
   static int padded(int width) { return (width + kScorePanel - 1) / kScorePanel * kScorePanel; }
 };
 
-struct PathScoreParams {
-  PathScoreModel model;
+// The paths of a call, and where their scores go.
+struct ScoredPaths {
   std::int64_t num_paths = 0;
   const std::uint8_t* codes = nullptr;  // codes[slot * slot_stride + path * path_stride]
   std::int64_t slot_stride = 0;
   std::int64_t path_stride = 0;
   const float* z = nullptr;  // [num_paths], null where the budget is no input
   float* scores = nullptr;   // [num_paths]
+};
+
+struct PathScoreParams : ScoredPaths {
+  PathScoreModel model;
   float* members = nullptr;  // [num_members][num_paths] or null: not wanted
 };
 

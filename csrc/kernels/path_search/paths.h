@@ -54,8 +54,7 @@ class BatchScores {
   std::vector<float> scores;
 
  private:
-  template <class Params>
-  void prepare(Params& p, const BudgetScorer& scorer, const std::uint8_t* codes, int num_slots,
+  void prepare(ScoredPaths& p, const BudgetScorer& scorer, const std::uint8_t* codes, int num_slots,
                std::int64_t count, const double* log_costs) {
     scores.resize(static_cast<std::size_t>(count));
     p.num_paths = count;
