@@ -67,6 +67,31 @@ struct Arena {
   }
 };
 
+// Runs the stem and the blocks between two buffers, taps into memory of their own: fills taps[level] and
+// returns the last block's output. stem(y) and block(step, map, x, y) do the work; `map` is that of x.
+template <class Stem, class Block>
+static inline const float* walk_backbone(const SubnetParams& p, const Layout& layout, Arena& arena,
+                                         const float** taps, const Stem& stem, const Block& run_block) {
+  float* turns[2] = {arena.take(layout.turn_size), arena.take(layout.turn_size)};
+  Map map = Map{p.height, p.width}.strided(2);
+  stem(turns[0]);
+  const float* x = turns[0];
+  int turn = 1;
+  for (int b = 0; b < p.num_blocks; ++b) {
+    const SubnetBlock& step = p.blocks[b];
+    float* y = step.tap >= 0 ? arena.take(layout.tap_size[step.tap]) : turns[turn];
+    run_block(step, map, x, y);
+    if (step.tap >= 0) {
+      taps[step.tap] = y;  // both turns are free now
+    } else {
+      turn = 1 - turn;
+    }
+    map = map.strided(step.block.stride);
+    x = y;
+  }
+  return x;
+}
+
 // rows[m]: the pixel of the coarser map that nearest-neighbour upsampling gives to pixel m, as torch computes
 // it.
 static inline void fill_upsampled_rows(std::int64_t count, Map coarse, Map fine, std::int32_t* rows) {

@@ -295,28 +295,13 @@ void calibrate_block(const Run& run, const SubnetBlock& step, Map in, const floa
             step.has_residual ? x : nullptr, block.x_stride, nullptr);
 }
 
-// Fills taps[level] and returns the last block's output.
 const float* calibrate_backbone(const Run& run, const Layout& layout, Arena& arena, float* ones,
                                 const float** taps) {
-  const SubnetParams& p = run.p;
-  float* turns[2] = {arena.take(layout.turn_size), arena.take(layout.turn_size)};
-  Map map = Map{p.height, p.width}.strided(2);
-  calibrate_stem(run, ones, turns[0]);
-  const float* x = turns[0];
-  int turn = 1;
-  for (int b = 0; b < p.num_blocks; ++b) {
-    const SubnetBlock& step = p.blocks[b];
-    float* y = step.tap >= 0 ? arena.take(layout.tap_size[step.tap]) : turns[turn];
-    calibrate_block(run, step, map, x, y);
-    if (step.tap >= 0) {
-      taps[step.tap] = y;  // both turns are free now
-    } else {
-      turn = 1 - turn;
-    }
-    map = map.strided(step.block.stride);
-    x = y;
-  }
-  return x;
+  return walk_backbone(
+      run.p, layout, arena, taps, [&](float* y) { calibrate_stem(run, ones, y); },
+      [&](const SubnetBlock& step, Map map, const float* x, float* y) {
+        calibrate_block(run, step, map, x, y);
+      });
 }
 
 void calibrate_neck(const Run& run, const Layout& layout, Arena& arena, const float* const* taps,

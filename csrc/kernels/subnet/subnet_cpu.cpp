@@ -48,27 +48,12 @@ void run_block(const SubnetBlock& step, std::int64_t count, Map in, const float*
   fused_mbconv(block);
 }
 
-// Fills taps[level] and returns the last block's output.
 const float* run_backbone(const Group& group, Arena& arena, const float** taps) {
-  const Params& p = group.p;
-  float* turns[2] = {arena.take(group.layout.turn_size), arena.take(group.layout.turn_size)};
-  Map map = Map{p.height, p.width}.strided(2);
-  run_stem(p, group.first, group.count, turns[0]);
-  const float* x = turns[0];
-  int turn = 1;
-  for (int b = 0; b < p.num_blocks; ++b) {
-    const SubnetBlock& step = p.blocks[b];
-    float* y = step.tap >= 0 ? arena.take(group.layout.tap_size[step.tap]) : turns[turn];
-    run_block(step, group.count, map, x, y);
-    if (step.tap >= 0) {
-      taps[step.tap] = y;  // both turns are free now
-    } else {
-      turn = 1 - turn;
-    }
-    map = map.strided(step.block.stride);
-    x = y;
-  }
-  return x;
+  return walk_backbone(
+      group.p, group.layout, arena, taps, [&](float* y) { run_stem(group.p, group.first, group.count, y); },
+      [&](const SubnetBlock& step, Map map, const float* x, float* y) {
+        run_block(step, group.count, map, x, y);
+      });
 }
 
 void run_neck(const Group& group, Arena& arena, const float* const* taps, float** pyramid) {

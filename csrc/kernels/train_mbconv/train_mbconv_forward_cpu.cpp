@@ -110,6 +110,18 @@ void finish_stage(const Params& p, const Workspace& w, int stage, std::int64_t n
 
 constexpr int kMaxGroups = 64;
 
+void count_rows(const RowCut& cut, std::int64_t (&counts)[kMaxGroups]) {
+  for (std::int64_t g = 0; g < cut.num_groups; ++g) counts[g] = cut.group_rows(g);
+}
+
+// Where a group gathers the moments of `count` channels; `first` counts channels over all groups.
+Moments cleared_moments(const Workspace& w, std::int64_t first, std::int64_t count) {
+  const Moments moments{w.moments.mean + first, w.moments.deviation + first};
+  clear(moments.mean, count);
+  clear(moments.deviation, count);
+  return moments;
+}
+
 // Without expansion: x moves into blocks as it is.
 void copy_to_blocks(const Params& p, const Workspace& w) {
   const RowCut& cut = w.in_rows;
@@ -136,12 +148,10 @@ void expand(const Params& p, const Workspace& w) {
   pack_transposed(p.expand_weight, p.mid_channels, p.in_channels, p.expand_stride, w.expand_weight);
   const double flops = 2.0 * static_cast<double>(cut.rows * p.in_channels * p.mid_channels);
   std::int64_t counts[kMaxGroups];
-  for (std::int64_t g = 0; g < cut.num_groups; ++g) counts[g] = cut.group_rows(g);
+  count_rows(cut, counts);
   const std::int64_t channels = w.mid_blocks * kBlock;
   parallel_for(cut.num_groups, flops, [&](std::int64_t group) {
-    const Moments moments{w.moments.mean + group * channels, w.moments.deviation + group * channels};
-    clear(moments.mean, channels);
-    clear(moments.deviation, channels);
+    const Moments moments = cleared_moments(w, group * channels, channels);
     std::int64_t count = 0;
     for (std::int64_t tile = cut.first_tile(group); tile < cut.end_tile(group); ++tile) {
       const std::int64_t first = cut.begin(tile), rows = cut.count(tile);
@@ -194,9 +204,7 @@ void depthwise(const Params& p, const Workspace& w) {
     planes.data = thread_scratch(Scratch::kThread, static_cast<std::size_t>(planes.size()));
     planes.clear_borders();
     const std::int64_t c = cut.group(item) * channels + cut.first_block(item) * kBlock;
-    const Moments moments{w.moments.mean + c, w.moments.deviation + c};
-    clear(moments.mean, kBlock);
-    clear(moments.deviation, kBlock);
+    const Moments moments = cleared_moments(w, c, kBlock);
     std::int64_t count = 0;
     for (Step step = cut.first(item); !cut.done(item, step); step = cut.next(item, step)) {
       depthwise_step(p, w, depth, step, planes);
@@ -217,14 +225,12 @@ void project(const Params& p, const Workspace& w) {
   pack_transposed(p.project_weight, p.out_channels, p.mid_channels, p.project_stride, w.project_weight);
   const double flops = 2.0 * static_cast<double>(cut.rows * p.mid_channels * p.out_channels);
   std::int64_t counts[kMaxGroups];
-  for (std::int64_t g = 0; g < cut.num_groups; ++g) counts[g] = cut.group_rows(g);
+  count_rows(cut, counts);
   const std::int64_t channels = w.out_blocks * kBlock;
   parallel_for(cut.num_groups, flops, [&](std::int64_t group) {
     float* activated =
         thread_scratch(Scratch::kThread, static_cast<std::size_t>(w.mid_blocks * cut.tile * kBlock));
-    const Moments moments{w.moments.mean + group * channels, w.moments.deviation + group * channels};
-    clear(moments.mean, channels);
-    clear(moments.deviation, channels);
+    const Moments moments = cleared_moments(w, group * channels, channels);
     std::int64_t count = 0;
     for (std::int64_t tile = cut.first_tile(group); tile < cut.end_tile(group); ++tile) {
       const std::int64_t first = cut.begin(tile), rows = cut.count(tile);
