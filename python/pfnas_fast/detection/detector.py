@@ -121,9 +121,9 @@ class Detector(PreparableMixin[DetectorOutput]):
             )
         canvas, scale = letterbox(image, self.canvas)
         batch = normalize(canvas[None].to(next(self.parameters()).device))
-        prepared = self._try_prepared(batch, self.path)
+        output = self._run_prepared(batch, self.path)
         (found,) = postprocess(
-            self.dense(batch) if prepared is None else prepared(batch),
+            self.dense(batch) if output is None else output,
             score_threshold=score_threshold,
             iou_threshold=iou_threshold,
             max_detections=max_detections,

@@ -84,9 +84,9 @@ class DetectionSupernet(PreparableMixin[DetectorOutput], ActiveSubnetMixin):
             Raw predictions; `postprocess` turns them into detections.
         """
         path = self.active_path if path is None else path
-        prepared = self._try_prepared(images, path) if self.backbone.backend == "fast" else None
-        if prepared is not None:
-            return prepared(images)
+        output = self._run_prepared(images, path) if self.backbone.backend == "fast" else None
+        if output is not None:
+            return output
         return self.head(self.neck(self.backbone(images, path)), (images.shape[2], images.shape[3]))
 
     def _pack(self) -> tuple[Packer, dict[str, Any]]:

@@ -249,6 +249,7 @@ def _empty_output(x: Tensor, out_channels: int) -> Tensor:
 
 
 def _forward(
+    run: Callable[..., None],
     x: Tensor,
     panels: Tensor,
     scale: Tensor | None,
@@ -257,31 +258,9 @@ def _forward(
     out_channels: int,
     activation: int,
 ) -> Tensor:
+    """`run` is the compiled module's function for the device."""
     y = _empty_output(x, out_channels)
-    _C.dynamic_pointwise_conv_forward(
-        x.contiguous(memory_format=torch.channels_last),
-        panels.contiguous(),
-        None if scale is None else scale.contiguous(),
-        None if shift is None else shift.contiguous(),
-        None if residual is None else residual.contiguous(memory_format=torch.channels_last),
-        activation,
-        y,
-    )
-    return y
-
-
-def _forward_cuda(
-    module: Any,
-    x: Tensor,
-    panels: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    out_channels: int,
-    activation: int,
-) -> Tensor:
-    y = _empty_output(x, out_channels)
-    module.dynamic_pointwise_conv_cuda_forward(
+    run(
         x.contiguous(memory_format=torch.channels_last),
         panels.contiguous(),
         None if scale is None else scale.contiguous(),
@@ -335,7 +314,7 @@ def _workspace(x: Tensor, floats: int) -> Tensor:
 def cuda_implementations(module: Any) -> dict[str, Callable[..., Any]]:
     """The op's CUDA implementations by name, over a compiled module: `_C`, or the tests' emulator."""
     return {
-        "dynamic_pointwise_conv": partial(_forward_cuda, module),
+        "dynamic_pointwise_conv": partial(_forward, module.dynamic_pointwise_conv_cuda_forward),
         "dynamic_pointwise_conv_moments": partial(_moments_cuda, module),
         "dynamic_pointwise_conv_backward": partial(_backward_cuda, module),
     }
@@ -407,7 +386,7 @@ def _no_gradient_of_moments(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
     raise NotImplementedError("dynamic_pointwise_conv_moments: has no gradient")
 
 
-LIBRARY.impl("dynamic_pointwise_conv", _forward, "CPU")
+LIBRARY.impl("dynamic_pointwise_conv", partial(_forward, _C.dynamic_pointwise_conv_forward), "CPU")
 LIBRARY.impl("dynamic_pointwise_conv_moments", _moments_cpu, "CPU")
 LIBRARY.impl("dynamic_pointwise_conv_backward", _backward_cpu, "CPU")
 if _C.cuda_built:

@@ -89,9 +89,9 @@ class ClassificationSupernet(PreparableMixin[Tensor], ActiveSubnetMixin):
             Logits, [N, num_classes].
         """
         path = self.active_path if path is None else path
-        prepared = self._try_prepared(x, path) if self.backbone.backend == "fast" else None
-        if prepared is not None:
-            return prepared(x)
+        logits = self._run_prepared(x, path) if self.backbone.backend == "fast" else None
+        if logits is not None:
+            return logits
         return self.tail(self.backbone(x, path, taps=False))
 
     def _pack(self) -> tuple[Packer, dict[str, Any]]:

@@ -211,7 +211,11 @@ class PreparableMixin(nn.Module, Generic[Output]):
             >>> subnet(torch.rand(2, 3, 64, 64)).shape
             torch.Size([2, 10])
         """
-        packed = self._packed_weights()
+        return self._prepare(self._packed_weights(), path, statistics)
+
+    def _prepare(
+        self, packed: PackedWeights, path: Path, statistics: BNStatistics | None
+    ) -> PreparedSubnet[Output]:
         if statistics is None:
             found = packed.subnets.get(path)
             if found is not None:
@@ -249,8 +253,8 @@ class PreparableMixin(nn.Module, Generic[Output]):
                 self.__dict__["_packed"] = packed
         return packed
 
-    def _try_prepared(self, images: Tensor, path: Path) -> PreparedSubnet[Output] | None:
-        """The subnet that may stand in for forward: in eval mode, without gradients, hooks or tracing.
+    def _run_prepared(self, images: Tensor, path: Path) -> Output | None:
+        """What forward returns, from the compiled subnet: in eval mode, without gradients, hooks or tracing.
 
         Only float32 on the CPU is compiled; None for everything else, which the layers then compute.
         """
@@ -272,14 +276,15 @@ class PreparableMixin(nn.Module, Generic[Output]):
             first = packed.norms[0]
             if isinstance(first, DynamicBatchNorm2d) and first.statistics is None:
                 return None
-        return self.prepare(path, None if statistics is None else BNStatistics(statistics))
+        subnet = self._prepare(packed, path, None if statistics is None else BNStatistics(statistics))
+        return self._finish_prepared(images, subnet._compiled)  # the weights were compared above
 
-    def _try_calibrate(self, images: Tensor, path: Path) -> list[tuple[str, int, Tensor, Tensor]] | None:
+    def _calibrate_prepared(self, images: Tensor, path: Path) -> list[tuple[str, int, Tensor, Tensor]] | None:
         """Moments of one batch in every layer that the path uses, each normalised with them.
 
         Returns:
             (module name, values per channel, mean, unbiased variance) per layer, float32 [C] each; None where
-            `_try_prepared` would give None.
+            `_run_prepared` would give None.
         """
         packed = self._packed_for(images) if self.backbone.backend == "fast" else None
         if packed is None or images.shape[0] == 0:
@@ -315,12 +320,10 @@ class PreparableMixin(nn.Module, Generic[Output]):
         if packed is not None and not packed.is_of_same_parts():
             self.drop_prepared()  # a parameter or layer was replaced
             packed = None
-        is_stale = packed is None or packed.version != packed.current_version()
-        if is_stale and (
-            _why_not_compiled(self) is not None or any(module.training for module in self.modules())
-        ):
-            return None
-        packed = self._packed_weights()
+        if packed is None or packed.version != packed.current_version():
+            if _why_not_compiled(self) is not None or any(module.training for module in self.modules()):
+                return None
+            packed = self._packed_weights()
         for module in packed.modules:
             if module._forward_hooks or module._forward_pre_hooks or module.training:
                 return None

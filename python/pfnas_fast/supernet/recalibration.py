@@ -156,7 +156,7 @@ def _calibrate_compiled(
     model: Any, images: Tensor, path: Path | None, collectors: Mapping[str, _Collector]
 ) -> bool:
     """Measure one batch in one call; False: the model cannot, or something looks inside of it."""
-    calibrate = getattr(model, "_try_calibrate", None)
+    calibrate = getattr(model, "_calibrate_prepared", None)
     if calibrate is None:
         return False
     measured = calibrate(images, model.active_path if path is None else path)
