@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the compiled ops on this machine's own device and compares them with their float64 twins.
+"""Runs the compiled convolutions on this machine's own device and compares them with their float64 twins.
 
 For those who have a GPU: the CUDA kernels are proven on a CPU emulator, so this is the first thing to run.
 """
@@ -54,7 +54,7 @@ class Verdict:
 
 
 def selftest(device: str = "cuda") -> tuple[Verdict, ...]:
-    """Compare every op with its float64 twin: values and gradients, in every storage type of the device.
+    """Compare the convolutions with their float64 twins: values and gradients, per storage type.
 
     Args:
         device: ``"cuda"``, ``"cuda:1"`` or ``"cpu"``.
