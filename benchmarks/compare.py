@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares our kernels with a baseline in one process: ``python benchmarks/compare.py depthwise --json``.
 
+Several suites may be named: ``python benchmarks/compare.py inference path_switch``.
 ``python benchmarks/compare.py all --device cuda --json`` runs the rows for a GPU (see suite_cuda.py).
 
 Prints rows of {name, baseline, unit, ours, theirs, ratio_min, ratio_median}: `ours` and `theirs` are minima,
@@ -39,7 +40,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("suite", choices=[*sorted(SUITES), "all"])
+    parser.add_argument(
+        "suites", nargs="+", choices=[*sorted(SUITES), "all"], metavar="suite", help="%(choices)s"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only rows whose name contains TEXT")
@@ -56,14 +59,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def cpu_rows(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Rows of one suite, or of all."""
+    """Rows of the suites."""
     prepare_process(arguments.cpu, threads=arguments.threads)
     if arguments.isa:
         from pfnas_fast._system import force_cpu_isa
 
         force_cpu_isa(arguments.isa)
     effort = Effort(min_blocks=arguments.blocks, seconds=arguments.seconds)
-    for name in sorted(SUITES) if arguments.suite == "all" else [arguments.suite]:
+    for name in sorted(SUITES) if "all" in arguments.suites else arguments.suites:
         suite = importlib.import_module(SUITES[name])  # imports torch, so only after prepare_process
         for row, build in suite.comparisons():
             if arguments.filter in row:
@@ -72,7 +75,7 @@ def cpu_rows(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def cuda_rows(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Rows of one op, or of all, on the current CUDA device."""
+    """Rows of the suites on the current CUDA device."""
     import torch
     from cuda_harness import EventTimer, compare_on_gpu
     from suite_cuda import Setting, comparisons
@@ -80,25 +83,26 @@ def cuda_rows(arguments: argparse.Namespace) -> Iterator[Row]:
     device = torch.device("cuda", torch.cuda.current_device())
     timer, effort = EventTimer(device), Effort(min_blocks=arguments.blocks)
     for op, build in comparisons(Setting(device)):
-        if arguments.suite in (op, "all"):
+        if op in arguments.suites or "all" in arguments.suites:
             comparison = build()
             if arguments.filter in comparison.name:
                 yield from compare_on_gpu(comparison, timer, effort)
 
 
-def why_not_on_gpu(suite: str) -> str | None:
-    """What keeps `suite` from running on a GPU here; None: nothing."""
+def why_not_on_gpu(suites: list[str]) -> str | None:
+    """What keeps `suites` from running on a GPU here; None: nothing."""
     from cuda_harness import missing
 
-    if suite not in (*CUDA_SUITES, "all"):
-        return f"{suite} has no rows for a GPU; those that have: {', '.join(CUDA_SUITES)}, all"
+    for suite in suites:
+        if suite not in (*CUDA_SUITES, "all"):
+            return f"{suite} has no rows for a GPU; those that have: {', '.join(CUDA_SUITES)}, all"
     return missing()
 
 
 def main() -> int:
     arguments = parse_arguments()
     on_gpu = arguments.device == "cuda"
-    if on_gpu and (reason := why_not_on_gpu(arguments.suite)) is not None:
+    if on_gpu and (reason := why_not_on_gpu(arguments.suites)) is not None:
         print(f"compare: --device cuda: {reason}", file=sys.stderr)
         return 2
     rows: list[Row] = []
@@ -111,7 +115,9 @@ def main() -> int:
                 flush=True,
             )
     if not rows:
-        print(f"compare: no row of {arguments.suite} contains {arguments.filter!r}", file=sys.stderr)
+        print(
+            f"compare: no row of {', '.join(arguments.suites)} contains {arguments.filter!r}", file=sys.stderr
+        )
         return 2
     if arguments.json:
         print(json.dumps([row.to_dict() for row in rows], indent=1))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Comparison", "Row", "compare", "prepare_process"]
+__all__ = ["Comparison", "Row", "compare", "on_one_thread", "prepare_process"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,22 @@ def prepare_process(cpu: int | None = None, *, threads: int = 1) -> None:
     import torch
 
     torch.set_num_threads(threads)
+
+
+def on_one_thread(call: Callable[[], object]) -> Callable[[], object]:
+    """`call` with one OpenMP thread, the baseline of the rows ``threads/...``."""
+    import torch
+
+    count = torch.get_num_threads()
+
+    def single() -> object:
+        torch.set_num_threads(1)
+        try:
+            return call()
+        finally:
+            torch.set_num_threads(count)
+
+    return single
 
 
 def _block(call: Callable[[], object], count: int, times: list[float]) -> None:

@@ -9,7 +9,8 @@ predictions.
 B-static: `get_active_subnet`, channels_last, eval, no gradients. ORT: the ONNX export of the same module, all
 optimisations, intra_op threads as ours, one input array of ordinary NCHW layout. All three sides get the same
 images; nothing is copied for one side only. Without onnxruntime (`pip install onnxruntime onnx onnxscript`)
-its rows are left out, and stderr says so.
+its rows are left out, and stderr says so. threads/...: ours with one thread against ours with `--threads`
+threads; only listed with more than one.
 """
 
 import itertools
@@ -22,7 +23,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from harness import Comparison
+from harness import Comparison, on_one_thread
 from torch import Tensor, nn
 
 from pfnas_fast import DetectionSupernet
@@ -116,6 +117,13 @@ def inference(name: str, kind: str, path_name: str, batch: int, baseline: str) -
     return Comparison(name, ours, theirs, check, baseline)
 
 
+def threads(path_name: str, batch: int) -> Comparison:
+    """More threads against one."""
+    name = f"threads/inference/n{batch}/{path_name}"
+    both = inference(name, "classifier", path_name, batch, "b-static")
+    return Comparison(name, both.ours, on_one_thread(both.ours), both.check, baseline="1thread")
+
+
 def baselines() -> tuple[str, ...]:
     """What is installed."""
     missing = [name for name in ("onnxruntime", "onnx", "onnxscript") if find_spec(name) is None]
@@ -135,3 +143,6 @@ def comparisons() -> Iterator[tuple[str, Callable[[], Comparison]]]:
         for batch, path_name, baseline in itertools.product(batches, PATHS, against):
             name = f"{prefix}/n{batch}/{path_name}"
             yield name, partial(inference, name, kind, path_name, batch, baseline)
+    if torch.get_num_threads() > 1:
+        for path_name in PATHS:
+            yield f"threads/inference/n16/{path_name}", partial(threads, path_name, 16)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from harness import Comparison
+from harness import Comparison, on_one_thread
 from torch import Tensor, nn
 from training_nets import assert_same, channels_last, gradients, make_pair
 
@@ -56,16 +56,9 @@ def train_step(name: str, *, plan: str = "speed") -> Comparison:
 
 def threads() -> Comparison:
     both = train_step("max")
-    count = torch.get_num_threads()
-
-    def single() -> object:
-        torch.set_num_threads(1)
-        try:
-            return both.ours()
-        finally:
-            torch.set_num_threads(count)
-
-    return Comparison("threads/train_step/max", both.ours, single, both.check, baseline="1thread")
+    return Comparison(
+        "threads/train_step/max", both.ours, on_one_thread(both.ours), both.check, baseline="1thread"
+    )
 
 
 def comparisons() -> Iterator[tuple[str, Callable[[], Comparison]]]:
