@@ -2,11 +2,13 @@
 """train_mbconv against its float64 twin: values, moments, gradients, determinism, errors."""
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pfnas_fast.errors import InputError
@@ -412,3 +414,61 @@ def test_half_a_norm_is_refused() -> None:
     norms[1] = (norms[1][0], None)
     with pytest.raises(InputError, match="both scale and shift"):
         a.run(train_mbconv)
+
+
+def test_wrong_dtypes_and_devices_are_named() -> None:
+    a = Arguments(CASES[0])
+    a.project = a.project.detach().double()
+    with pytest.raises(TypeError, match="train_mbconv: expected float32 for project_weight, got float64"):
+        a.run(train_mbconv)
+    a.project = a.project.to("meta", torch.float16)  # halves are welcome under autocast only
+    with pytest.raises(TypeError, match="train_mbconv: expected float32 for project_weight, got float16"):
+        a.run(train_mbconv)
+
+
+def test_autocast_computes_in_float32() -> None:
+    """The one rule: what arrives in half precision is cast up, the result and its gradients are float32."""
+    plain, cast = Arguments(CASES[2]), Arguments(CASES[2])
+    plain.x = plain.x.detach().bfloat16().float().requires_grad_()
+    cast.x = cast.x.detach().bfloat16().requires_grad_()
+    expected, expected_moments, wanted = plain.gradients(train_mbconv)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, moments = cast.run(train_mbconv)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, expected)
+    assert torch.equal(moments, expected_moments)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(7)))
+    for name, leaf in cast.leaves().items():
+        gradient = wanted[name]
+        assert (leaf.grad is None) == (gradient is None), name
+        if leaf.grad is not None and gradient is not None:
+            assert leaf.grad.dtype == leaf.dtype
+            assert torch.equal(leaf.grad, gradient.to(leaf.dtype)), name
+
+
+def test_compile_once_for_all_widths() -> None:
+    """Forward and backward are one graph, and 50 widths of a block cost three compilations at most."""
+    counter = CompileCounterWithBackend("aot_eager")  # no code is generated, to keep this fast
+    compiled, eager = Arguments(Case(2, 16, 96, 16, 6, 6)), Arguments(Case(2, 16, 96, 16, 6, 6))
+
+    def run(a: Arguments, x: Tensor, mid_channels: int) -> tuple[Tensor, Tensor]:
+        return train_mbconv(
+            *(x, a.expand, a.bank, (a.matrices[0], a.matrices[1]), a.project, a.norms),
+            mid_channels=mid_channels,
+            out_channels=16,
+            kernel_size=3,
+            residual=True,
+        )
+
+    block = torch.compile(partial(run, compiled), backend=counter, fullgraph=True)
+    for mid_channels in range(24, 74):
+        results = []
+        for a, call in ((compiled, block), (eager, partial(run, eager))):
+            for leaf in a.leaves().values():
+                leaf.grad = None
+            y, moments = call(a.x, mid_channels)
+            y.square().sum().backward()
+            results.append([y.detach(), moments, *(leaf.grad for leaf in a.leaves().values())])
+        for actual, expected in zip(*results, strict=True):
+            assert torch.equal(actual, expected)
+    assert counter.frame_count <= 3

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks that train through one op do what their layers do one by one, and only when they may."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from pfnas_fast.errors import InputError
-from pfnas_fast.space import load_space
+from pfnas_fast.space import BlockSpec, load_space
 from pfnas_fast.supernet import Backbone, set_training_plan
 from pfnas_fast.supernet.fused import trains_fused
 from pfnas_fast.supernet.layers import DynamicMBConv
@@ -116,3 +119,25 @@ def test_fifty_steps_agree() -> None:
         losses.append(torch.stack(curve))
     assert losses[0][-1] < 0.7 * losses[0][0]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
+
+
+def test_one_block_compiles_for_all_expand_ratios() -> None:
+    """A block with excitation is one graph, running statistics included; widths do not compile it anew."""
+    torch.manual_seed(0)
+    spec = BlockSpec(0, 0, 0, 24, 24, 1, "hswish", True, (3, 5, 7), tuple(range(2, 8)))
+    eager = DynamicMBConv(spec, backend="fast")
+    other = copy.deepcopy(eager)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(other, backend=counter, fullgraph=True)
+    x = torch.randn(2, 24, 6, 6).contiguous(memory_format=torch.channels_last)
+    for expand_ratio in range(2, 8):
+        for block in (eager, compiled):
+            y = block(x, 5, expand_ratio)
+            y.square().sum().backward()
+    for (name, expected), actual in zip(eager.named_buffers(), other.buffers(), strict=True):
+        assert torch.equal(actual, expected), name
+    for (name, parameter), twin in zip(eager.named_parameters(), other.parameters(), strict=True):
+        assert (parameter.grad is None) == (twin.grad is None), name
+        if parameter.grad is not None and twin.grad is not None:
+            assert torch.equal(twin.grad, parameter.grad), name
+    assert counter.frame_count <= 3

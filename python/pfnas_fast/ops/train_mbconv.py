@@ -31,8 +31,8 @@ _TENSORS = (
 )
 _NAMES = tuple(part.split()[-1] for part in _TENSORS.split(", "))
 _OPTIONS = (
-    "int mid_channels, int out_channels, int se_channels, int kernel_size, int stride, bool residual, "
-    "int[] activations, float[] eps, bool keep"
+    "SymInt mid_channels, SymInt out_channels, SymInt se_channels, int kernel_size, int stride, "
+    "bool residual, int[] activations, float[] eps, bool keep"
 )
 _KEPT = ("expanded", "depthwise", "projected", "moments", "pooled", "hidden", "gate")
 LIBRARY.define(
@@ -69,7 +69,7 @@ def train_mbconv(
 
     Every weight may be larger than what runs: the first rows and columns take part, and the gradient of the
     others is zero. Runs on the CPU in float32, also under autocast (which casts up). Derivatives are of first
-    order only.
+    order only. Under `torch.compile` the widths are symbols: a block is not compiled anew for each.
 
     Args:
         x: Input, [N, Ci, H, W], float32; copied into channels_last memory where it is not.
