@@ -99,5 +99,6 @@ PYBIND11_MODULE(_C, m) {
   pfnas::register_path_search(m);
   pfnas::register_subnet(m);
   pfnas::register_train_mbconv(m);
+  pfnas::register_versions(m);
   pfnas::register_tensor_pool(m);
 }

@@ -15,6 +15,7 @@ void register_path_search(pybind11::module_& m);
 void register_subnet(pybind11::module_& m);
 void register_tensor_pool(pybind11::module_& m);
 void register_train_mbconv(pybind11::module_& m);
+void register_versions(pybind11::module_& m);
 
 // Built with PFNAS_CUDA, and by the tests for the emulator.
 void register_dynamic_depthwise_conv_cuda(pybind11::module_& m);

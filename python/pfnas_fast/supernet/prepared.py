@@ -58,14 +58,14 @@ class PackedWeights:
             for entries in (module._parameters, module._buffers, module._modules)
             for name, value in entries.items()
         ]
-        self._tensors = [*net.parameters(), *net.buffers()]
+        self._versions = _versions_of(net)
         self.version = version
         self._running: Tensor | None = None
         self.subnets: dict[Path, Any] = {}
 
     def current_version(self) -> int:
         """Grows with every in-place change of a parameter or buffer that goes through torch."""
-        return sum([tensor._version for tensor in self._tensors])
+        return self._versions.sum()
 
     def is_of_same_parts(self) -> bool:
         """Whether every parameter, buffer and submodule is still the object that was packed."""
@@ -92,9 +92,14 @@ class PackedWeights:
         return folded
 
 
+def _versions_of(net: nn.Module) -> Any:
+    """What sums the versions of all parameters and buffers."""
+    return _C.VersionSum([*net.parameters(), *net.buffers()], Tensor._version)
+
+
 def weights_version(net: nn.Module) -> int:
     """Sum of the versions of all parameters and buffers."""
-    return sum([tensor._version for tensor in [*net.parameters(), *net.buffers()]])
+    return _versions_of(net).sum()
 
 
 def _why_not_compiled(net: nn.Module) -> str | None:
