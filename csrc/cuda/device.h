@@ -32,6 +32,10 @@ __device__ __forceinline__ void store_vector(void* target, const V& value) {
   *static_cast<V*>(target) = value;
 }
 
+// Hides where a number comes from: what is made of it in a loop is then computed there, and not ahead of the
+// loop in registers that stay taken.
+__device__ __forceinline__ void forget_origin(int& value) { asm volatile("" : "+r"(value)); }
+
 // All kernels take one struct by value. The launch is checked, never waited for.
 template <class P>
 void launch(void (*kernel)(P), Dim3 grid, Dim3 block, void* stream, const P& params) {

@@ -5,6 +5,8 @@
 // y; the lanes of a warp are neighbouring channel pairs, so rows of any channel count are read densely.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/storage.h"
 #include "kernels/dynamic_depthwise_conv/cuda_plan.h"
 
@@ -76,16 +78,22 @@ PFNAS_DEVICE void load_taps(const ConvolveParams& p, float2 (&taps)[kTaps][kTapS
   }
 }
 
-// Columns first .. first + kCount - 1 of an image's row, zero outside the image.
-template <class T, int kCount>
+// Columns first .. first + kCount - 1 of an image's row, zero outside the image. `kFrugal`: nothing is kept
+// from one row to the next.
+template <bool kFrugal = false, class T, int kCount>
 PFNAS_DEVICE void load_columns(const T* image, std::int64_t channels, int row, int height, int first,
                                int width, PairAccess access, Pair<T> (&pixels)[kCount]) {
   const bool row_inside = row >= 0 && row < height;
   const T* base = image + (static_cast<std::int64_t>(row) * width + first) * channels;
+  auto step = static_cast<std::conditional_t<kFrugal, int, std::int64_t>>(channels);
+  if constexpr (kFrugal) {  // or offsets and tests of all columns stay in registers, and 7x7 spills
+    forget_origin(step);
+    forget_origin(first);
+  }
   PFNAS_UNROLL_LOOP
   for (int i = 0; i < kCount; ++i) {
     const bool inside = row_inside && first + i >= 0 && first + i < width;
-    pixels[i] = inside ? load_pair(base + i * channels, access) : zero_pair<T>();
+    pixels[i] = inside ? load_pair(base + i * step, access) : zero_pair<T>();
   }
 }
 
@@ -131,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 2) convolve(ConvolveParams p) {
     for (int e = 0; e < kS; ++e) {
       const int in_row = first_in_row + q * kS + e;
       if (!kPrefetch<kK>) {
-        load_columns(in, p.channels, in_row, end_in_row, first_in_column, p.in_width, at.access, next);
+        load_columns<true>(in, p.channels, in_row, end_in_row, first_in_column, p.in_width, at.access, next);
       }
       float2 x[kColumns];
       PFNAS_UNROLL_LOOP
