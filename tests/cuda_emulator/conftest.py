@@ -6,8 +6,28 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
-from emulated_ops import ORDERS, emulated_ops
-from emulator_build import PLAIN, TRACED, build_module, compiler, load_module
+from emulated_ops import ORDERS, SEEDS, emulated_ops
+from emulator_build import PLAIN, SANITIZED, TRACED, build_module, compiler, load_module
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sanitized", action="store_true", help="kernels under ASan and UBSan (test_sanitized.py)"
+    )
+
+
+def _sanitized(config: pytest.Config) -> bool:
+    return bool(config.getoption("--sanitized", default=False))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under the sanitizers, only what runs kernels from their source."""
+    if not _sanitized(config):
+        return
+    names = [set(getattr(item, "fixturenames", ())) for item in items]
+    kept = [item for item, n in zip(items, names, strict=True) if "plain" in n and not n & {"nvcc", "traced"}]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
 @pytest.fixture(scope="session")
@@ -20,15 +40,21 @@ def emulator() -> str:
 
 
 @pytest.fixture(scope="session")
-def plain(emulator: str) -> ModuleType:
-    """All CUDA ops, emulated, at full speed."""
-    return load_module(build_module(PLAIN))
+def plain(emulator: str, pytestconfig: pytest.Config) -> ModuleType:
+    """All CUDA ops, emulated, at full speed; with --sanitized, every access checked."""
+    return load_module(build_module(SANITIZED if _sanitized(pytestconfig) else PLAIN))
 
 
-@pytest.fixture(params=ORDERS, ids=lambda order: f"{order[0]}-{order[1]}")
-def ordered(request: pytest.FixtureRequest, plain: ModuleType) -> Iterator[ModuleType]:
+@pytest.fixture(params=SEEDS, ids=lambda seed: f"seed{seed}")
+def seed(request: pytest.FixtureRequest) -> int:
+    """Of the inputs, and of the random order."""
+    return request.param
+
+
+@pytest.fixture(params=ORDERS)
+def ordered(request: pytest.FixtureRequest, plain: ModuleType, seed: int) -> Iterator[ModuleType]:
     """The plain build, running threads and blocks in one of the orders; the ops run on it."""
-    plain.set_order(*request.param)
+    plain.set_order(request.param, seed)
     with emulated_ops(plain):
         yield plain
     plain.set_order("forward")

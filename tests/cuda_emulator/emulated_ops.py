@@ -13,8 +13,8 @@ from pfnas_fast.ops.dynamic_pointwise_conv import cuda_implementations as pointw
 IMPLEMENTATIONS: tuple[Callable[[Any], dict[str, Callable[..., Any]]], ...] = (depthwise, pointwise)
 
 
-# Order of blocks and threads, and seed of the emulator.
-ORDERS = [("forward", 1), ("reverse", 1), ("random", 1), ("forward", 2), ("reverse", 2), ("random", 2)]
+ORDERS = ("forward", "reverse", "random")  # of blocks and threads
+SEEDS = (1, 2)  # of the random order, and of the inputs
 
 
 @contextmanager

@@ -193,6 +193,26 @@ def build_module(
     return target
 
 
+def sanitizer_environment() -> dict[str, str]:
+    """Of a Python that loads a module of the variant SANITIZED: the first report ends it.
+
+    Python and torch keep memory until the end of the process, so leaks are not looked for.
+    """
+    libraries = [
+        subprocess.run(
+            [str(compiler()), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",
+    }
+
+
 def load_module(path: Path) -> ModuleType:
     """Import a module from its shared library."""
     spec = importlib.util.spec_from_file_location(path.stem, path)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels of dynamic_depthwise_conv, emulated: storage types, thread orders, ragged shapes."""
 
+import itertools
 import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from emulated_ops import ORDERS, emulated_ops
+from emulated_ops import ORDERS, SEEDS, emulated_ops
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -110,9 +111,9 @@ CALLS = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("call", CALLS, ids=lambda c: "x".join(map(str, c[:7])))
-def test_every_order(call: Call, dtype: torch.dtype, ordered: ModuleType) -> None:
+def test_every_order(call: Call, dtype: torch.dtype, ordered: ModuleType, seed: int) -> None:
     call = call._replace(dtype=dtype)
-    tensors = inputs(call)
+    tensors = inputs(call, seed)
     assert_close(run(tensors, call), expected(tensors, call), call)
 
 
@@ -122,8 +123,8 @@ def test_orders_agree_to_the_bit(plain: ModuleType) -> None:
         tensors = inputs(call)
         results: list[Results] = []
         with emulated_ops(plain):
-            for order in ORDERS:
-                plain.set_order(*order)
+            for order, seed in itertools.product(ORDERS, SEEDS):
+                plain.set_order(order, seed)
                 results.append(run(tensors, call))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The harness catches every planted bug by name. A layer that stops seeing its bugs fails here."""
 
-import os
 import re
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from emulator_build import PLAIN, SANITIZED, TRACED, compiler, load_module
+from emulator_build import PLAIN, SANITIZED, TRACED, load_module, sanitizer_environment
 from samples import BUGS, KERNELS, SOURCE, build, kernel_of, prepare
 from traces import Trace, trace
 
@@ -127,25 +126,12 @@ def test_address_sanitizer_is_quiet_without_bugs(emulator: str) -> None:
 
 
 def run_sanitized(module: Path, bug: str) -> subprocess.CompletedProcess[str]:
-    libraries = [
-        subprocess.run(
-            [str(compiler()), f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "UBSAN_OPTIONS": "halt_on_error=1",
-        "PYTHONMALLOC": "malloc",
-    }
     script = Path(__file__).with_name("samples.py")
     return subprocess.run(
         [sys.executable, str(script), str(module), bug],
         capture_output=True,
         text=True,
-        env=environment,
+        env=sanitizer_environment(),
         check=False,
         timeout=60,
     )

@@ -83,9 +83,9 @@ def assert_close(y: Tensor, arguments: dict[str, Any], call: Call) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("call", CALLS, ids=lambda c: "x".join(map(str, c[:6])))
-def test_every_order(call: Call, dtype: torch.dtype, ordered: ModuleType) -> None:
+def test_every_order(call: Call, dtype: torch.dtype, ordered: ModuleType, seed: int) -> None:
     call = call._replace(dtype=dtype)
-    arguments = inputs(call)
+    arguments = inputs(call, seed)
     assert_close(run(arguments, call), arguments, call)
 
 

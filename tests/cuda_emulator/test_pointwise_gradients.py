@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients and moments of dynamic_pointwise_conv's CUDA kernels, emulated."""
 
+import itertools
 import math
 from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
-from emulated_ops import ORDERS, emulated_ops
+from emulated_ops import ORDERS, SEEDS, emulated_ops
 from torch import Tensor
 from traces import Trace, trace
 
@@ -110,8 +111,8 @@ def assert_close(actual: Results, operands: Operands) -> None:
 
 @names
 @pytest.mark.parametrize("call", CALLS, ids=lambda c: "x".join(map(str, c[:6])))
-def test_every_order(call: Call, dtype: torch.dtype, ordered: ModuleType) -> None:
-    operands = inputs(call._replace(dtype=dtype))
+def test_every_order(call: Call, dtype: torch.dtype, ordered: ModuleType, seed: int) -> None:
+    operands = inputs(call._replace(dtype=dtype), seed)
     assert_close(run(operands), operands)
 
 
@@ -120,8 +121,8 @@ def test_orders_agree_to_the_bit(dtype: torch.dtype, plain: ModuleType) -> None:
     operands = inputs(CALLS[-1]._replace(dtype=dtype))
     results: list[Results] = []
     with emulated_ops(plain):
-        for order in ORDERS:
-            plain.set_order(*order)
+        for order, seed in itertools.product(ORDERS, SEEDS):
+            plain.set_order(order, seed)
             results.append(run(operands))
     plain.set_order("forward")
     for other in results[1:]:
@@ -180,9 +181,9 @@ MOMENTS = [Call(1, 3, 1, 1, 5), Call(2, 24, 9, 13, 72), Call(3, 17, 23, 41, 100,
 
 @names
 @pytest.mark.parametrize("call", MOMENTS, ids=lambda c: "x".join(map(str, c[:6])))
-def test_moments_of_what_was_stored(call: Call, dtype: torch.dtype, ordered: ModuleType) -> None:
+def test_moments_of_what_was_stored(call: Call, dtype: torch.dtype, ordered: ModuleType, seed: int) -> None:
     """Against float64 sums of y itself, as stored; y is that of the plain op."""
-    operands = inputs(call._replace(dtype=dtype))
+    operands = inputs(call._replace(dtype=dtype), seed)
     y, mean, variance = moments(operands, call.out)
     assert torch.equal(y, product(operands.x, operands.panels, call.out))
     stored = y.double().transpose(0, 1).flatten(1)  # [O, pixels]

@@ -175,6 +175,8 @@ CUDA_EMULATOR_VECTOR_ACCESS void store_vector(void* target, const V& value,
   std::memcpy(target, &value, sizeof(V));
 }
 
+inline void forget_origin(int&) {}  // about registers, of which a fiber has enough
+
 // All kernels take one struct by value.
 template <class P>
 void launch(void (*kernel)(P), Dim3 grid, Dim3 block, void* /*stream*/, const P& params) {
