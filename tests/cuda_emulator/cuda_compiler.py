@@ -2,8 +2,10 @@
 """What nvcc makes of the kernels: PTX to translate, and the resources that ptxas reports."""
 
 import hashlib
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from functools import cache
@@ -83,10 +85,24 @@ def compiled(source: Path, architecture: int) -> Path:
     return _cubin_and_log(source, architecture)[0]
 
 
+@cache
+def disassembler_path() -> str | None:
+    """A PATH with cuobjdump and nvdisasm: this process's, or that of the copies in triton; None: none."""
+    found = importlib.util.find_spec("triton")
+    bundled = Path(found.origin).parent / "backends" / "nvidia" / "bin" if found and found.origin else Path()
+    for path in (os.environ["PATH"], str(bundled)):
+        if all(shutil.which(tool, path=path) for tool in ("cuobjdump", "nvdisasm")):
+            return path + os.pathsep + os.environ["PATH"]
+    return None
+
+
 def disassemble(source: Path, architecture: int) -> dict[str, set[str]]:
-    """Opcodes of every kernel of a file, by mangled name; needs cuobjdump and nvdisasm."""
+    """Opcodes of every kernel of a file, by mangled name; needs `disassembler_path`."""
     command = ["cuobjdump", "-sass", str(compiled(source, architecture))]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    environment = {**os.environ, "PATH": disassembler_path() or os.environ["PATH"]}
+    tool = shutil.which(command[0], path=environment["PATH"]) or command[0]
+    done = subprocess.run([tool, *command[1:]], check=True, capture_output=True, text=True, env=environment)
+    text = done.stdout
     kernels: dict[str, set[str]] = {}
     for part in text.split("Function : ")[1:]:
         name, _, body = part.partition("\n")
