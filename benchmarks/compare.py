@@ -33,7 +33,7 @@ SUITES = {
 }
 
 
-CUDA_SUITES = ("depthwise", "pointwise")
+CUDA_SUITES = ("depthwise", "path_filter", "pointwise")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,32 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the compiled convolutions on this machine's own device and compares them with their float64 twins.
+"""Runs the ops that have CUDA kernels on this machine's own device and compares them with their twins.
 
 For those who have a GPU: the CUDA kernels are proven on a CPU emulator, so this is the first thing to run.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pfnas_fast.errors import InputError
 from pfnas_fast.ops import (
+    BudgetRanker,
+    KernelTables,
+    NetworkTables,
+    PackedRanker,
+    RankerTables,
+    SearchSpace,
     dynamic_depthwise_conv,
     dynamic_pointwise_conv,
     pack_pointwise_weight,
+    path_filter,
     reference,
 )
 from pfnas_fast.ops._library import _C
+from pfnas_fast.ops.path_filter import CudaPathFilter
+from pfnas_fast.space import AdditiveCost, BudgetSampler, CostModel, load_space
 
 __all__ = ["Verdict", "selftest"]
 
 _DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 _MAPS = ((1, 1, 1, 1), (2, 24, 28, 28), (3, 17, 9, 5), (2, 72, 20, 20), (1, 240, 14, 14))  # N, C, H, W
 _WIDTHS = ((1, 1, 1, 1, 1), (2, 24, 28, 28, 96), (1, 40, 9, 5, 97), (2, 112, 14, 14, 672))  # and O
+_PRESETS = ("tiny", "ofa_mbv3_w1.0")  # spaces that paths are drawn from
+_EXACT = 0  # as the length of a sum: the bits must agree
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,7 @@ class Verdict:
         dtype: Storage type.
         cases: Calls compared.
         worst: Largest error over the error that rounding allows; at most 1 is right, NaN or more is wrong.
+            Infinite where bits must agree and do not.
         message: First thing that went wrong, empty where nothing did.
     """
 
@@ -54,7 +68,9 @@ class Verdict:
 
 
 def selftest(device: str = "cuda") -> tuple[Verdict, ...]:
-    """Compare the convolutions with their float64 twins: values and gradients, per storage type.
+    """Compare the convolutions and the path filter with their twins.
+
+    Values and gradients may differ by rounding; codes and costs of drawn paths must be the CPU engine's bits.
 
     Args:
         device: ``"cuda"``, ``"cuda:1"`` or ``"cpu"``.
@@ -80,19 +96,28 @@ def selftest(device: str = "cuda") -> tuple[Verdict, ...]:
         )
     if kind == "cuda" and _C.cuda_device_count() == 0:
         raise InputError("selftest: expected a CUDA device for device 'cuda', got none (no driver or no GPU)")
-    suites = {"dynamic_depthwise_conv": _depthwise, "dynamic_pointwise_conv": _pointwise}
-    return tuple(
-        _judge(op, dtype, cases(torch.device(device), dtype))
-        for op, cases in suites.items()
-        for dtype in _DTYPES[kind]
-    )
+    where = torch.device(device)
+    convolutions = {"dynamic_depthwise_conv": _depthwise, "dynamic_pointwise_conv": _pointwise}
+    verdicts = [
+        judge(op, dtype, cases(where, dtype)) for op, cases in convolutions.items() for dtype in _DTYPES[kind]
+    ]
+    return (*verdicts, judge("path_filter", torch.float32, path_filter_cases(where)))
 
 
-Case = Callable[[], list[tuple[str, Tensor, Tensor, int]]]
-"""Runs one call; returns name, result, float64 expectation and length of the sums for each result."""
+Result = tuple[str, Tensor, Tensor, int]
+"""Name, result, expectation in float64, length of the sums (0: the bits must agree)."""
+Case = Callable[[], list[Result]]
+"""Runs one call."""
 
 
-def _judge(op: str, dtype: torch.dtype, cases: Iterator[Case]) -> Verdict:
+def judge(op: str, dtype: torch.dtype, cases: Iterator[Case]) -> Verdict:
+    """Run an op's cases until one fails to launch.
+
+    Args:
+        op: Its name.
+        dtype: Storage type.
+        cases: Calls, each with its expectations.
+    """
     worst, count, message = 0.0, 0, ""
     for case in cases:
         count += 1
@@ -100,7 +125,8 @@ def _judge(op: str, dtype: torch.dtype, cases: Iterator[Case]) -> Verdict:
             for name, actual, expected, length in case():
                 error = _relative_error(actual, expected, length)
                 if not error <= 1 and not message:
-                    message = f"case {count}: {name} is {error:.1f} times as far off as rounding allows"
+                    off = f"is {error:.1f} times as far off as rounding allows"
+                    message = f"case {count}: {name} {'differs' if length == _EXACT else off}"
                 worst = error if not error <= worst else worst
         except RuntimeError as error:  # a launch that failed: the device takes no more work
             message = message or f"case {count}: {error}"
@@ -110,6 +136,8 @@ def _judge(op: str, dtype: torch.dtype, cases: Iterator[Case]) -> Verdict:
 
 def _relative_error(actual: Tensor, expected: Tensor, length: int) -> float:
     """Largest error over the allowed one: a float32 sum of `length` terms, rounded once when stored."""
+    if length == _EXACT:
+        return 0.0 if torch.equal(actual.cpu(), expected) else math.inf
     if expected.numel() == 0:
         return 0.0
     stored = actual.dtype
@@ -224,4 +252,99 @@ def pointwise_gradients(
     stored = y.detach().double().cpu().transpose(0, 1).flatten(1)  # [out, pixels]
     results.append(("mean", mean, stored.mean(dim=1), n * h * w))
     results.append(("variance", variance, stored.var(dim=1, unbiased=False), n * h * w))
+    return results
+
+
+def path_filter_cases(device: torch.device, module: Any = None) -> Iterator[Case]:
+    """Paths of three windows of two spaces, by a network and by a ranker with every part there is.
+
+    Args:
+        device: Where to draw and score.
+        module: The compiled module with the CUDA kernel; None: this package's, or the engine on the CPU.
+    """
+    for preset in _PRESETS:
+        for full in (False, True):
+            search, scorer = _filter_problem(preset, full)
+            ranges = [search.cost.range(resolution) for resolution in search.space.resolutions]
+            low, high = min(r[0] for r in ranges), max(r[1] for r in ranges)
+            middle = (low * high) ** 0.5
+            for window in ((low, high), (0.99 * middle, 1.01 * middle), (0.9 * high, high)):
+                yield partial(_path_filter_call, search, scorer, window, device, module)
+
+
+def _filter_problem(preset: str, full: bool) -> tuple[SearchSpace, BudgetRanker]:
+    model = CostModel(load_space(preset), num_classes=3)
+    search = SearchSpace(model.space, AdditiveCost.macs(model))
+    sampler = BudgetSampler(model)
+    search.use_walks([sampler.walker(resolution) for resolution in model.space.resolutions])
+    g = _generator(len(preset), full)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=g) * scale
+
+    slots, codes = search.space.num_slots, search.cost.table.shape[2]
+    rows, members = slots * codes, 3
+    networks = NetworkTables(
+        normal(rows, 2, 40, scale=slots**-0.5),
+        normal(2, 40),
+        normal(2, 40),
+        ((normal(2, 40, 24, scale=0.2), normal(2, 24)),),
+        normal(2, 24, scale=0.2),
+    )
+    if not full:
+        return search, BudgetRanker(PackedRanker(RankerTables(slots, codes, normal(2), networks)), 2.0, 0.7)
+    kernels = KernelTables(
+        normal(rows, 1, 70, scale=0.1),
+        normal(1, 70) - 2,
+        normal(1, 70, scale=0.3),
+        -normal(1, 70, scale=0.3).abs(),
+        normal(1, 70),
+    )
+    tables = RankerTables(
+        slots,
+        codes,
+        normal(members),
+        networks,
+        kernels,
+        linear=normal(rows, members, scale=slots**-0.5),
+        linear_offset=normal(members),
+        linear_budget=normal(members),
+        curve=normal(9),
+        curve_range=(-1.5, 2.0),
+    )
+    return search, BudgetRanker(PackedRanker(tables), 2.0, 0.7)
+
+
+def _path_filter_call(
+    search: SearchSpace,
+    scorer: BudgetRanker,
+    window: tuple[float, float],
+    device: torch.device,
+    module: Any,
+) -> list[Result]:
+    """Codes and costs against the engine's draws, scores against the twin, the best against a sort."""
+    n, top_k, seed = 700, 16, 2**40 + 3
+    drawn = search.draw(n, *window, seed=seed)[0]
+    length = search.space.num_slots + 40 + 70
+
+    def twin(codes: np.ndarray) -> Tensor:
+        z = ((np.log(search.cost.of(codes)) - scorer.log_mean) / scorer.log_scale).astype(np.float32)
+        return reference.path_score(scorer.ranker.tables, torch.from_numpy(codes), torch.from_numpy(z))[0]
+
+    results: list[Result] = []
+    if device.type == "cpu" and module is None:
+        found = path_filter(search, scorer, [window], n, seed=seed, top_k=top_k)[0]
+    else:
+        ours = CudaPathFilter(search, scorer, device=device, module=_C if module is None else module)
+        found, codes, scores = ours.run(n, *window, seed=seed, top_k=top_k, everything=True)
+        results.append(("draw", torch.from_numpy(codes), torch.from_numpy(drawn), _EXACT))
+        results.append(("score", torch.from_numpy(scores), twin(drawn), length))
+    best = twin(np.unique(drawn, axis=0)).sort(descending=True).values[:top_k]
+    kept = torch.from_numpy(found.scores).float()
+    results.append(("number of the best", torch.tensor(len(kept)), torch.tensor(len(best)), _EXACT))
+    costs = torch.from_numpy(search.cost.of(found.codes))
+    results.append(("cost of the best", torch.from_numpy(found.costs), costs, _EXACT))
+    results.append(("score of the best", kept, twin(found.codes), length))
+    if len(kept) == len(best):
+        results.append(("choice of the best", kept, best, length))
     return results

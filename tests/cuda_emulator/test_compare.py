@@ -56,6 +56,20 @@ def test_both_sides_of_every_kind_of_row_agree(suite: ModuleType, plain: ModuleT
     assert len({row.name for row in found}) == len(rows)
 
 
+def test_path_filter_row(suite: ModuleType, plain: ModuleType) -> None:
+    """Ours on the emulator against torch's three ways, and against paths that are others'."""
+    setting = suite.Setting(torch.device("cpu"), compiled=False)
+    row = suite.path_filter(setting, num_paths=600, module=plain)
+    assert row.name == "cuda/path_filter/21x10-128-64-1/600"
+    assert list(row.baselines) == ["embedding_bag", "one_hot"]
+    before = plain.statistics()["launches"]
+    for theirs in row.baselines.values():
+        row.check(theirs)
+    assert plain.statistics()["launches"] == before + 2
+    with pytest.raises(AssertionError, match="the two sides differ"):
+        row.check(lambda: 1.01 * row.baselines["one_hot"]())  # type: ignore[operator]
+
+
 def test_unequal_work_is_an_error(suite: ModuleType, plain: ModuleType) -> None:
     setting = suite.Setting(torch.device("cpu"), torch.float32, batch=1, compiled=False)
     with emulated_ops(plain):

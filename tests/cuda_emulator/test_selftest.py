@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The self-test that users with a GPU run: on the CPU, on emulated kernels, and on kernels that are wrong."""
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +11,13 @@ from emulated_ops import emulated_ops
 
 from pfnas_fast.errors import InputError
 from pfnas_fast.ops._library import _C
-from pfnas_fast.selftest import selftest
+from pfnas_fast.selftest import Verdict, selftest
 
 
 def test_cpu() -> None:
     verdicts = selftest("cpu")
-    assert {verdict.op for verdict in verdicts} == {"dynamic_depthwise_conv", "dynamic_pointwise_conv"}
+    ops = {"dynamic_depthwise_conv", "dynamic_pointwise_conv", "path_filter"}
+    assert {verdict.op for verdict in verdicts} == ops
     assert all(verdict.ok for verdict in verdicts), verdicts
 
 
@@ -37,6 +40,40 @@ def test_emulated_gradients(dtype: torch.dtype, plain: ModuleType) -> None:
             assert len(results) == 4
             for name, actual, expected, length in results:
                 assert module._relative_error(actual, expected, length) <= 1, name
+
+
+def test_emulated_path_filter(plain: ModuleType) -> None:
+    """The branch of the CUDA device, and a kernel that draws one wrong code or scores badly."""
+    import pfnas_fast.selftest as module
+
+    class Wrong:
+        """The emulator's kernel, with one field spoiled afterwards."""
+
+        def __init__(self, spoil: Callable[[dict[str, Any]], None]) -> None:
+            self._spoil = spoil
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(plain, name)
+
+        def path_filter_cuda(self, fields: dict[str, Any]) -> None:
+            plain.path_filter_cuda(fields)
+            self._spoil(fields)
+
+    def verdict(compiled: Any) -> Verdict:
+        cases = module.path_filter_cases(torch.device("cpu"), compiled)
+        return module.judge("path_filter", torch.float32, cases)
+
+    before = plain.statistics()["launches"]
+    right = verdict(plain)
+    assert right.ok, right
+    assert right.cases == 12
+    assert plain.statistics()["launches"] == before + right.cases
+    assert verdict(Wrong(lambda f: f["all_codes"][5, 1].add_(1))).message == "case 1: draw differs"
+    assert verdict(Wrong(lambda f: f["costs"].mul_(1 + 1e-15))).message == "case 1: cost of the best differs"
+    message = verdict(Wrong(lambda f: f["all_scores"].mul_(1.001))).message
+    assert message.startswith("case 1: score is ")
+    message = verdict(Wrong(lambda f: f["scores"].copy_(f["scores"].flip(1)))).message
+    assert "of the best is " in message
 
 
 def test_wrong_results_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
