@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from emulator_build import CSRC, PLAIN, build_module, load_module
-from traces import trace
 
 from pfnas_fast.errors import InputError
 from pfnas_fast.ops import (
@@ -79,6 +78,21 @@ def ranker(search: SearchSpace, kind: str) -> BudgetRanker:
     return BudgetRanker(PackedRanker(RankerTables(slots, codes, **parts)), 2.0, 0.7)
 
 
+def small_network(search: SearchSpace, widths: tuple[int, int] = (128, 64)) -> BudgetRanker:
+    """The usual ranker: one network with the budget as an input."""
+    g = torch.Generator().manual_seed(8)
+    slots, codes = search.space.num_slots, search.cost.table.shape[2]
+    first, second = widths
+    networks = NetworkTables(
+        torch.randn(slots * codes, 1, first, generator=g) * slots**-0.5,
+        torch.randn(1, first, generator=g),
+        torch.randn(1, first, generator=g),
+        ((torch.randn(1, first, second, generator=g) * first**-0.5, torch.randn(1, second, generator=g)),),
+        torch.randn(1, second, generator=g) * second**-0.5,
+    )
+    return BudgetRanker(PackedRanker(RankerTables(slots, codes, torch.ones(1), networks)), 5.0, 0.5)
+
+
 def on_emulator(module: ModuleType, search: SearchSpace, scorer: BudgetRanker) -> CudaPathFilter:
     return CudaPathFilter(search, scorer, device=torch.device("cpu"), module=module)
 
@@ -120,14 +134,14 @@ def best_of(codes: np.ndarray, scores: np.ndarray, threshold: float, k: int) -> 
 
 
 @pytest.mark.parametrize("k", [1, 8, 32])
-def test_best_distinct_paths(k: int, ordered: ModuleType) -> None:
+def test_best_distinct_paths(k: int, ordered: ModuleType, seed: int) -> None:
     """Of three blocks, whatever the order of threads and blocks; the tiny space repeats paths."""
     search = space("tiny")
     ours = on_emulator(ordered, search, ranker(search, "plain"))
     low, high = windows(search)[1]
-    _, codes, scores = ours.run(700, low, high, seed=3, top_k=k, everything=True)
+    _, codes, scores = ours.run(700, low, high, seed=seed, top_k=k, everything=True)
     threshold = float(np.quantile(scores, 0.9))
-    found = ours.run(700, low, high, seed=3, top_k=k, threshold=threshold)
+    found = ours.run(700, low, high, seed=seed, top_k=k, threshold=threshold)
     expected = best_of(codes, scores, threshold, k)
     assert [(-s, c.tobytes()) for c, s in zip(found.codes, found.scores, strict=True)] == expected
     assert found.num_accepted == int((scores >= np.float32(threshold)).sum())
@@ -177,27 +191,6 @@ def test_mistakes_are_named(plain: ModuleType) -> None:
         path_filter(search, scorer, [(1, 2)], 10, seed=0, top_k=1, thresholds=[0.0, 1.0])
     with pytest.raises(NotImplementedError, match="path_filter: expected cpu"):
         path_filter(search, scorer, [(1, 2)], 10, seed=0, top_k=1, device="meta")
-
-
-def test_clean_trace(traced: ModuleType) -> None:
-    """No race, nothing out of bounds; nothing per path is written."""
-    search = space("tiny")
-    ours = on_emulator(traced, search, ranker(search, "full"))
-    buffers: dict[str, tuple[int, int]] = {}
-    launch = traced.path_filter_cuda
-
-    def watched(fields: dict[str, Any]) -> None:
-        tensors = {name: t for name, t in fields.items() if isinstance(t, torch.Tensor)}
-        buffers.update({n: (t.data_ptr(), t.numel() * t.element_size()) for n, t in tensors.items()})
-        found.append(trace(traced, buffers, lambda: launch(fields)))
-
-    found: list[Any] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(traced, "path_filter_cuda", watched)
-        ours.run(300, *windows(search)[1], seed=0, top_k=4)
-    assert found[0].clean, (found[0].races, found[0].out_of_bounds)
-    written = {name for name, use in found[0].buffers.items() if use.write_footprint}
-    assert written == {"codes", "scores", "costs", "counts"}
 
 
 @pytest.mark.parametrize("architecture", [80, pytest.param(90, marks=pytest.mark.tier2)])
