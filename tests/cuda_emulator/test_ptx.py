@@ -24,7 +24,8 @@ def translated(emulator: str, nvcc: str) -> Callable[[int, str], ModuleType]:
 
     def build(architecture: int, pattern: str) -> ModuleType:
         ptx = translated_object(DEPTHWISE, architecture, pattern)
-        return load_module(build_module(PLAIN, extra_objects=[ptx], name=f"_sm{architecture}"))
+        part = "_part" if pattern else ""  # both builds may live in one process
+        return load_module(build_module(PLAIN, extra_objects=[ptx], name=f"_sm{architecture}{part}"))
 
     return build
 
