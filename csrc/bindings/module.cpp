@@ -91,6 +91,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_device_count", [] { return 0; });
 #endif
   m.attr("compiler") = __VERSION__;
+  pfnas::register_batch_norm_act(m);
   pfnas::register_dynamic_depthwise_conv(m);
   pfnas::register_dynamic_pointwise_conv(m);
   pfnas::register_path_cost(m);

@@ -6,6 +6,7 @@
 
 namespace pfnas {
 
+void register_batch_norm_act(pybind11::module_& m);
 void register_dynamic_depthwise_conv(pybind11::module_& m);
 void register_dynamic_pointwise_conv(pybind11::module_& m);
 void register_path_cost(pybind11::module_& m);

@@ -3,6 +3,7 @@
 
 from pfnas_fast.ops import reference
 from pfnas_fast.ops._memory import pooled_bytes, release_memory
+from pfnas_fast.ops.batch_norm_act import batch_norm_act
 from pfnas_fast.ops.dynamic_depthwise_conv import dynamic_depthwise_conv
 from pfnas_fast.ops.dynamic_pointwise_conv import (
     dynamic_pointwise_conv,
@@ -26,6 +27,7 @@ __all__ = [
     "PackedRanker",
     "RankerTables",
     "SearchSpace",
+    "batch_norm_act",
     "best_paths",
     "dynamic_depthwise_conv",
     "dynamic_pointwise_conv",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import Path, Space, StaticBlockSpec
-from pfnas_fast.supernet.fused import hand_over_moments, load_train_op, trains_fused
+from pfnas_fast.supernet.fused import hand_over_moments, load_norm_op, load_train_op, trains_fused
 from pfnas_fast.supernet.layers import DynamicBatchNorm2d, DynamicMBConv, activate, check_backend, init_conv_
 
 
@@ -24,6 +24,7 @@ class ConvBN(nn.Module):
         stride: Step of the convolution.
         groups: 1, or `in_channels` for a depthwise convolution.
         activation: ``"relu"``, ``"hswish"`` or None.
+        backend: ``"reference"``, or ``"fast"``: normalisation and activation are one op in training mode.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class ConvBN(nn.Module):
         stride: int = 1,
         groups: int = 1,
         activation: str | None = None,
+        backend: str = "reference",
     ) -> None:
         super().__init__()
         padding = kernel_size // 2
@@ -44,9 +46,15 @@ class ConvBN(nn.Module):
         init_conv_(self.conv.weight.data, groups=groups)
         self.bn = DynamicBatchNorm2d(out_channels)
         self.activation = activation
+        self._norm_op = load_norm_op(backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
+        if self._norm_op is not None and trains_fused(x, self, (self.bn,)):
+            conv, bn = self.conv(x), self.bn
+            y, moments = self._norm_op(conv, bn.weight, bn.bias, activation=self.activation, eps=bn.eps)
+            hand_over_moments((bn,), (conv.shape[1],), moments, x, y)
+            return y
         x = self.bn(self.conv(x))
         return x if self.activation is None else activate(x, self.activation)
 
@@ -128,7 +136,14 @@ class Backbone(nn.Module):
         super().__init__()
         self.space = space
         self.backend = check_backend(backend, "Backbone")
-        self.stem = ConvBN(3, space.stem_channels, kernel_size=3, stride=2, activation=space.stem_activation)
+        self.stem = ConvBN(
+            3,
+            space.stem_channels,
+            kernel_size=3,
+            stride=2,
+            activation=space.stem_activation,
+            backend=backend,
+        )
         self.first_block = (
             None if space.first_block is None else StaticBlock(space.first_block, backend=backend)
         )

@@ -30,6 +30,15 @@ def load_train_op(backend: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
     return train_mbconv
 
 
+def load_norm_op(backend: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """As `load_train_op`, for a normalisation that no block owns."""
+    if backend != "fast":
+        return None
+    from pfnas_fast.ops import batch_norm_act
+
+    return batch_norm_act
+
+
 def set_training_plan(net: nn.Module, plan: str) -> None:
     """Choose what the blocks of a ``backend="fast"`` net keep between forward and backward.
 
