@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torchvision.ops import box_iou
 
 from pfnas_fast.detection import Detection, DetectorOutput, make_grid, postprocess
 from pfnas_fast.errors import InputError
@@ -54,6 +55,27 @@ def test_suppression_is_per_class():
     assert found.labels.tolist() == [0, 1]
     (all_of_them,) = postprocess(out, iou_threshold=0.96)
     assert all_of_them.labels.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("max_detections", [1, 3, 10, 200])
+@pytest.mark.parametrize("spread_px", [0.5, 4.0, 30.0])
+def test_suppression_equals_one_pass_over_all_candidates(max_detections, spread_px):
+    generator = torch.Generator().manual_seed(int(spread_px))
+    out = blank(num_classes=5)
+    out.logits.copy_(torch.randn(out.logits.shape, generator=generator))
+    out.ltrb.copy_(spread_px * torch.rand(out.ltrb.shape, generator=generator) + 8)
+    (found,) = postprocess(out, max_detections=max_detections)
+    (every,) = postprocess(out, max_detections=10**6, iou_threshold=1.0)  # candidates, best first
+    kept: list[int] = []
+    for i in range(len(every)):
+        rivals = [k for k in kept if every.labels[k] == every.labels[i]]
+        overlap = box_iou(every.boxes[rivals].double(), every.boxes[i : i + 1].double())
+        if not (overlap > 0.6).any():
+            kept.append(i)
+    kept = kept[:max_detections]
+    assert len(kept) > 0
+    assert torch.equal(found.boxes, every.boxes[kept])
+    assert torch.equal(found.labels, every.labels[kept])
 
 
 def test_boxes_are_clipped_to_the_canvas():

@@ -2,7 +2,8 @@
 """From dense predictions to a short list of boxes per image."""
 
 import torch
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torch import Tensor
+from torchvision.ops import clip_boxes_to_image, nms
 
 from pfnas_fast.detection.output import Detection, DetectorOutput
 from pfnas_fast.errors import InputError
@@ -49,9 +50,25 @@ def postprocess(
     location, labels = pair.div(num_classes, rounding_mode="floor"), pair % num_classes
     boxes = output.boxes.float().gather(1, location[..., None].expand(-1, -1, 4))
     boxes = clip_boxes_to_image(boxes, output.grid.image_size)
+    # Boxes of different classes lie on canvases of their own; float64 holds them apart without rounding.
+    apart = boxes.double() + (labels * (max(output.grid.image_size) + 1))[..., None]
     counts = (scores >= score_threshold).sum(1).tolist()
     result = []
     for i, n in enumerate(counts):
-        keep = batched_nms(boxes[i, :n], scores[i, :n], labels[i, :n], iou_threshold)[:max_detections]
+        keep = _suppress(apart[i, :n], scores[i, :n], iou_threshold, max_detections)
         result.append(Detection(boxes[i, keep], scores[i, keep], labels[i, keep]))
     return result
+
+
+def _suppress(boxes: Tensor, scores: Tensor, iou_threshold: float, max_kept: int) -> Tensor:
+    """Indices of the first `max_kept` boxes that NMS keeps; `scores` descend.
+
+    NMS costs the square of its boxes, and what it does to the best of them does not depend on the others: so
+    it sees as many as yield `max_kept`, not all.
+    """
+    size = 3 * max_kept
+    while True:
+        keep = nms(boxes[:size], scores[:size].double(), iou_threshold)
+        if len(keep) >= max_kept or size >= len(boxes):
+            return keep[:max_kept]
+        size *= 2
