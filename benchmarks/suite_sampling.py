@@ -8,14 +8,23 @@ mid: a window around the median with probability about 1e-4; both are measured: 
 which about 4 are in the window (checked over 20 such rounds).
 low, high: the cheapest and the dearest 1 % of the range. Nobody can wait for rejection there: its time per
     path is that of a draw divided by the window's probability, which the dynamic programming gives exactly.
+decisions: accept or reject 2^14 paths, as training does: costs, the score of a whole filter (5 networks and 2
+    processes, 100 labels), the threshold interpolated in log MACs. Ours: `BudgetThresholds.accept` on a uint8
+    population. Theirs: the same filter in torch, float32, all first layers folded into one embedding_bag, in
+    the fastest of three batch sizes; its indices are ready and its costs are one gather and a sum.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from harness import Comparison
+from torch import Tensor
 
+from pfnas_fast.filter import BudgetThresholds, ExactSampler, PathFilter
 from pfnas_fast.ops import CostTable, SearchSpace, path_cost
 from pfnas_fast.space import AdditiveCost, BudgetSampler, CostModel, load_space, uniform_population
 
@@ -86,7 +95,88 @@ def sampling(name: str) -> Comparison:
     return Comparison(f"sampling/{name}", ours, setting.macs_m, check, "rejection", scale)
 
 
+class TorchDecisions:
+    """A fitted filter and its thresholds in plain torch: what `BudgetThresholds.accept` computes."""
+
+    def __init__(self, flt: PathFilter, thresholds: BudgetThresholds, population: np.ndarray) -> None:
+        ranker, cost = flt.budget_ranker(), thresholds.cost
+        tables = ranker.ranker.tables
+        assert tables.networks is not None
+        assert tables.kernels is not None
+        assert tables.linear is not None
+        self.tables, self.log_mean, self.log_scale = tables, ranker.log_mean, ranker.log_scale
+        parts = (tables.networks.table.flatten(1), tables.kernels.table.flatten(1), tables.linear)
+        self.widths = [part.shape[1] for part in parts]
+        self.first = torch.cat(parts, dim=1).contiguous()
+        self.knots, self.values = thresholds.knots, thresholds.values
+        codes = torch.from_numpy(population).long()
+        self.index = codes + torch.arange(tables.num_slots) * tables.num_codes
+        resolution = codes[:, -1:] - 1
+        macs = torch.from_numpy(np.asarray(cost.macs_table, np.float64))  # [R, blocks, codes]
+        self.macs, self.constant = macs.flatten(), torch.tensor(cost.macs_constant, dtype=torch.float64)
+        self.macs_index = (resolution * macs.shape[1] + torch.arange(macs.shape[1])) * macs.shape[2]
+        self.macs_index, self.resolution = self.macs_index + codes[:, :-1], resolution[:, 0]
+
+    @torch.inference_mode()
+    def __call__(self, batch: int) -> Tensor:
+        rows = range(0, len(self.index), batch)
+        return torch.cat([self._accept(slice(start, start + batch)) for start in rows])
+
+    def _accept(self, rows: slice) -> Tensor:
+        net, kernel = self.tables.networks, self.tables.kernels
+        macs = self.macs[self.macs_index[rows]].sum(1) + self.constant[self.resolution[rows]]
+        log_macs = (macs / 1e6).log()
+        z = ((log_macs - self.log_mean) / self.log_scale).float()
+        sums = F.embedding_bag(self.index[rows], self.first, mode="sum").split(self.widths, dim=1)
+        hidden = torch.addr(sums[0] + net.offset.flatten(), z, net.budget.flatten()).relu_()
+        hidden = hidden.view(len(z), *net.offset.shape).transpose(0, 1)
+        for weight, bias in net.dense:
+            hidden = torch.baddbmm(bias.unsqueeze(1), hidden, weight).relu_()
+        members = [torch.bmm(hidden, net.head.unsqueeze(2)).squeeze(2).t()]
+        exponent = torch.addr(sums[1] + kernel.offset.flatten(), z, kernel.budget.flatten())
+        exponent = torch.addr(exponent, z * z, kernel.budget_square.flatten()).exp_()
+        members.append((exponent.view(len(z), *kernel.head.shape) * kernel.head).sum(2))
+        linear = torch.addr(sums[2] + self.tables.linear_offset, z, self.tables.linear_budget)
+        scores = (torch.cat(members, dim=1) + linear) @ self.tables.weights
+        low, high = self.tables.curve_range
+        place = (z - low) * ((len(self.tables.curve) - 1) / (high - low))
+        left = place.long()
+        scores += torch.lerp(self.tables.curve[left], self.tables.curve[left + 1], place - left)
+        limit = torch.from_numpy(np.interp(log_macs.numpy(), self.knots, self.values))
+        return scores.double() >= limit
+
+
+def decisions() -> Comparison:
+    """Accept or reject."""
+    cost = CostModel(load_space("ofa_mbv3_w1.0"), num_classes=20)
+    sampler, rng = ExactSampler(cost), np.random.default_rng(0)
+    labelled, population = sampler.sample_log_uniform(rng, 100), sampler.sample_log_uniform(rng, 1 << 14)
+    macs_m = cost.macs_m(labelled)
+    labels = np.log(macs_m) + 0.1 * (labelled[:, 3] == 2) - 0.1 * (labelled[:, 5] == 1)
+    flt = PathFilter(cost.space, cost=cost, network_share=0.5).fit(labelled, labels, macs_m)
+    thresholds = BudgetThresholds(flt, cost, keep=0.3, per_bin=2000)
+    torch_side = TorchDecisions(flt, thresholds, population)
+    batch = min(
+        (256, 1024, 4096), key=lambda size: min(_seconds(partial(torch_side, size)) for _ in range(3))
+    )
+
+    def check() -> None:
+        differ = (thresholds.accept(population) != torch_side(batch).numpy()).mean()
+        assert differ < 1e-3, f"{differ:.2%} of the decisions differ"
+
+    return Comparison(
+        "sampling/decisions", partial(thresholds.accept, population), partial(torch_side, batch), check
+    )
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def comparisons() -> Iterator[tuple[str, Callable[[], Comparison]]]:
     """Every row's name with the function that prepares it."""
     for name in ("mid", "low", "high"):
         yield f"sampling/{name}", partial(sampling, name)
+    yield "sampling/decisions", decisions

@@ -39,6 +39,8 @@ def test_later_settings_win() -> None:
         ("keep=", "expected float for keep, got None"),
         ("keep=true", "expected float for keep, got True"),
         ("seed=-1", "at least 0 for seed, got -1"),
+        ("search_flood=-1", "at least 0 for search_flood, got -1"),
+        ("search_flood=1e6", "expected int for search_flood"),
         ("batch_size=1", "at least 2 for batch_size, got 1"),
         ("labels_per_bin=1", r"at least 10 for num_bins x labels_per_bin .* got 8 x 1"),
         ("data=[a", r"expected YAML in --set data, got '\[a'"),

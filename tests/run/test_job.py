@@ -27,6 +27,7 @@ SETTINGS = [
     "filter_members=1",
     "force_filter=true",
     "search_iterations=2",
+    "search_flood=500",
     "num_budgets=3",
     "candidates_per_budget=2",
     "random_paths=2",
@@ -70,6 +71,9 @@ def _check_outputs(run: pf.Run) -> None:
     assert front
     for entry in front:
         assert set(entry) == {"path", "macs_m", "params_m", "ap", "ap50"}
+    floods = run.read_log("flood")
+    assert [flood["num_drawn"] for flood in floods] == [500] * 3
+    assert all(flood["num_kept"] >= 1 for flood in floods)
     report = run.read_json("report.json")
     assert {"pretrain", "warmup", "train", "labels", "candidates", "total"} <= set(report["compute"])
     for entry in report["front"]:

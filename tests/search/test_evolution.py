@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pfnas_fast.errors import InputError
+from pfnas_fast.filter import BudgetThresholds, PathFilter
 from pfnas_fast.search import EvolutionConfig, search_candidates
 from pfnas_fast.search.evolution import evolve
 from pfnas_fast.search.genes import GeneOperators, unique_rows
@@ -190,3 +191,65 @@ def test_bad_rates_are_refused(field):
 def test_bad_top_k_is_refused(cost, scorer):
     with pytest.raises(InputError, match="top_k"):
         search_candidates(scorer, cost, [8.0], rng=np.random.default_rng(0), top_k=0)
+
+
+@pytest.fixture(scope="module")
+def flt(cost):
+    paths = uniform_population(cost.space, np.random.default_rng(5), 64)
+    macs_m = cost.macs_m(paths)
+    worth = Additive(cost.space).score(paths)
+    return PathFilter(cost.space, cost=cost, num_members=1, network_share=0.0).fit(paths, worth, macs_m)
+
+
+@pytest.mark.parametrize("judge", ["none", "own", "another"])
+def test_a_flood_starts_the_evolution(cost, flt, judge):
+    pruned = None
+    if judge != "none":
+        other = flt if judge == "own" else flt.clone().fit(*_labels(cost, seed=6))
+        pruned = BudgetThresholds(other, cost, keep=0.5, per_bin=200)
+    notes: list[dict[str, Any]] = []
+
+    def search(num_flood, iterations):
+        return search_candidates(
+            flt,
+            cost,
+            [15.0],
+            rng=np.random.default_rng(0),
+            top_k=5,
+            pruned=pruned,
+            config=EvolutionConfig(num_initial=2, iterations=iterations, num_flood=num_flood),
+            on_flood=notes.append,
+        )[15.0]
+
+    flooded, bare = search(20_000, 0), search(0, 0)
+    assert len(notes) == 1
+    note = notes[0]
+    assert (note["budget_m"], note["num_drawn"]) == (15.0, 20_000)
+    # Two other samples take part, so all but two of the best must have come from the flood.
+    assert note["num_chosen"] >= 3
+    assert (0.2 < note["num_accepted"] / 20_000 < 0.8) == (judge == "own")
+    macs_m = cost.macs_m(flooded)
+    assert ((macs_m <= 15.0) & (macs_m >= 0.85 * 15.0)).all()
+    assert len(bare) <= 2
+    assert flt.score(flooded).mean() > flt.score(bare).mean()
+    if judge == "none":  # the best of the flood are the best of what was drawn
+        assert flt.score(flooded)[0] >= note["best_score"] - 1e-5
+    if pruned is not None:
+        assert pruned.accept(flooded).all()
+    assert (search(20_000, 0) == flooded).all()
+    evolved = flt.score(search(20_000, 30))
+    assert evolved[0] >= flt.score(flooded)[0] - 1e-5
+
+
+def _labels(cost, seed):
+    paths = uniform_population(cost.space, np.random.default_rng(seed), 64)
+    return paths, Additive(cost.space, seed).score(paths), cost.macs_m(paths)
+
+
+def test_a_flood_of_another_ranker_is_refused(cost, scorer):
+    with pytest.raises(InputError, match=r"expected a PathFilter .* num_flood > 0, got Additive"):
+        search_candidates(
+            scorer, cost, [15.0], rng=np.random.default_rng(0), config=EvolutionConfig(num_flood=10)
+        )
+    with pytest.raises(InputError, match="num_flood >= 0, got -1"):
+        EvolutionConfig(num_flood=-1)

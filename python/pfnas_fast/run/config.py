@@ -29,6 +29,7 @@ SEARCH_SETTINGS = (
     "max_macs_m",
     "search_resolution",
     "search_iterations",
+    "search_flood",
     "num_budgets",
     "candidates_per_budget",
     "random_paths",
@@ -94,6 +95,7 @@ class RunConfig:
     max_macs_m: float | None = None
     search_resolution: int | None = None
     search_iterations: int = 200
+    search_flood: int = 100_000  # exact samples per budget before the evolution; 0 = none
     candidates_per_budget: int = 5
     random_paths: int = 20
     report_budgets: int = 3
@@ -127,7 +129,7 @@ class RunConfig:
                 raise InputError(
                     f"config: expected a positive number for {name}, got {getattr(self, name)!r}"
                 )
-        for name in ("seed", "finetune_steps", "num_workers"):
+        for name in ("seed", "finetune_steps", "num_workers", "search_flood"):
             if getattr(self, name) < 0:
                 raise InputError(f"config: expected at least 0 for {name}, got {getattr(self, name)!r}")
         if self.batch_size < 2:  # batch statistics of one image are none

@@ -66,7 +66,7 @@ def run_search(job: Job) -> None:
         pruned=pruned,
         candidates_per_budget=config.candidates_per_budget,
         resolution=config.search_resolution,
-        config=EvolutionConfig(iterations=config.search_iterations),
+        config=EvolutionConfig(iterations=config.search_iterations, num_flood=config.search_flood),
         run=run,
         progress=job.progress,
     )

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,13 @@ import numpy as np
 
 from pfnas_fast.errors import InputError
 from pfnas_fast.filter import ExactSampler, PathFilter
-from pfnas_fast.ops import SearchSpace
+from pfnas_fast.ops import Flood, SearchSpace
 from pfnas_fast.search.genes import GeneOperators, unique_rows
 from pfnas_fast.space import AdditiveCost
 
 __all__ = ["EvolutionConfig", "evolve", "search_candidates"]
+
+_FLOOD_KEPT = 20  # times the population: what a flood hands on to the evolution
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class EvolutionConfig:
         gene_probability: Of redrawing one gene in a mutation.
         patience: Generations without a change among the best after which a budget is done; None = never.
         slack: The search at budget B stays within [(1 - slack) B, B].
+        num_flood: Exact samples per budget that are scored by compiled code, tens of millions if wanted; the
+            best distinct ones (accepted by the pruned space, where there is one) start the evolution too.
+            0 = none.
     """
 
     num_initial: int = 2000
@@ -41,12 +46,15 @@ class EvolutionConfig:
     gene_probability: float = 0.1
     patience: int | None = 25
     slack: float = 0.15
+    num_flood: int = 0
 
     def __post_init__(self) -> None:
         for name in ("parent_fraction", "mutation_fraction", "gene_probability", "slack"):
             value = getattr(self, name)
             if not 0.0 < value <= 1.0:
                 raise InputError(f"EvolutionConfig: expected 0 < {name} <= 1, got {value}")
+        if self.num_flood < 0:
+            raise InputError(f"EvolutionConfig: expected num_flood >= 0, got {self.num_flood}")
         if self.population < 2 or self.num_initial < 2 or self.iterations < 0:
             raise InputError(
                 "EvolutionConfig: expected population >= 2, num_initial >= 2 and iterations >= 0, got "
@@ -219,6 +227,7 @@ def search_candidates(
     pruned: Any = None,
     resolution: int | None = None,
     config: EvolutionConfig | None = None,
+    on_flood: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[float, np.ndarray]:
     """The most promising paths per budget, to be evaluated for real.
 
@@ -232,6 +241,10 @@ def search_candidates(
             than `top_k` paths, the best rejected ones follow them.
         resolution: Search at this longest side only, px.
         config: Sizes and rates.
+        on_flood: Called after each budget that was flooded, with ``budget_m``, ``num_drawn``,
+            ``num_accepted`` (draws inside a pruned space that `flt` itself judges; all, where it does not),
+            ``num_kept`` (distinct paths handed on), ``best_score`` (None: nothing kept) and ``num_chosen``
+            (candidates among those handed on).
 
     Returns:
         Per budget a uint8 population [k, num_slots], k <= top_k, distinct, best predicted first (accepted
@@ -239,7 +252,8 @@ def search_candidates(
         are, where that window is empty).
 
     Raises:
-        InputError: a budget outside the space (names the feasible range), or top_k < 1.
+        InputError: a budget outside the space (names the feasible range), or top_k < 1, or a flood with a
+            ranker that compiled code does not know (only a `PathFilter` that is not "film" is).
 
     Example:
         >>> import numpy as np
@@ -265,6 +279,12 @@ def search_candidates(
                 f"search_candidates: expected budgets_macs_m >= {low:.6g} at resolution {resolution}, "
                 f"got {budget:g}"
             )
+    rankers = (flt, *(() if pruned is None else (pruned.scorer,)))
+    if config.num_flood and not all(_is_compiled(ranker) for ranker in rankers):
+        raise InputError(
+            "search_candidates: expected a PathFilter (condition other than 'film') for flt and pruned where "
+            f"num_flood > 0, got {' and '.join(type(ranker).__name__ for ranker in rankers)}"
+        )
     sampler = ExactSampler(cost)
     found: dict[float, np.ndarray] = {}
     for budget in budgets_macs_m:
@@ -274,6 +294,11 @@ def search_candidates(
         if not sampler.budgets.feasible(low, budget):
             low = smallest
         initial = sampler.sample(rng, config.num_initial, low, budget, resolution)
+        flood = None
+        if config.num_flood:
+            chosen = sampler.budgets.feasible(low, budget) if resolution is None else [resolution]
+            flood = _flood(flt, sampler.engine, low, budget, rng, chosen, pruned, config)
+            initial = np.concatenate([initial, flood.codes])
         population, _ = evolve(
             flt,
             cost,
@@ -287,4 +312,43 @@ def search_candidates(
             config=config,
         )
         found[budget] = population
+        if flood is not None and on_flood is not None:
+            on_flood(_describe_flood(flood, budget, population, config.num_flood))
     return found
+
+
+def _flood(
+    flt: PathFilter,
+    space: SearchSpace,
+    low_m: float,
+    high_m: float,
+    rng: np.random.Generator,
+    resolutions: Sequence[int],
+    pruned: Any,
+    config: EvolutionConfig,
+) -> Flood:
+    """The best distinct draws in a window. Where the pruned space has a filter of its own, the flood keeps
+    the best of the whole window and `evolve` tells which of them are inside."""
+    own = pruned is not None and pruned.scorer is flt
+    return space.flood(
+        flt.budget_ranker(),
+        config.num_flood,
+        low_m,
+        high_m,
+        seed=int(rng.integers(0, 2**64, dtype=np.uint64)),
+        top_k=_FLOOD_KEPT * config.population,
+        resolutions=resolutions,
+        thresholds=(pruned.knots, pruned.values) if own else None,
+    )
+
+
+def _describe_flood(flood: Flood, budget_m: float, found: np.ndarray, num_drawn: int) -> dict[str, Any]:
+    drawn = {row.tobytes() for row in flood.codes}
+    return {
+        "budget_m": budget_m,
+        "num_drawn": num_drawn,
+        "num_accepted": flood.num_accepted,
+        "num_kept": len(flood.codes),
+        "best_score": float(flood.scores[0]) if len(flood.scores) else None,
+        "num_chosen": sum(row.tobytes() in drawn for row in np.ascontiguousarray(found)),
+    }

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,8 @@ def search(
         pruned: Keep the search inside the pruned space.
         candidates_per_budget: Paths measured per budget.
         resolution: Search at this longest side only, px; None = all.
-        config: Size of the evolution.
+        config: Size of the evolution, and of the flood before it (each flood is logged where there is a
+            `run`).
         class_names: Names stored in exported detectors; default: those of `select`.
         run: Measurements go to its `candidates.csv`, and an interrupted search goes on after the last.
         seed: Start of all randomness, where no `run` gives one.
@@ -150,6 +152,7 @@ def search(
         pruned=pruned,
         resolution=resolution,
         config=config,
+        on_flood=None if run is None else functools.partial(run.log, "flood"),
     )
     paths = list(
         dict.fromkeys(path for population in found.values() for path in net.space.decode(population))
