@@ -17,6 +17,7 @@ decisions: accept or reject 2^14 paths, as training does: costs, the score of a 
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,6 +105,10 @@ class TorchDecisions:
         assert tables.networks is not None
         assert tables.kernels is not None
         assert tables.linear is not None
+        self.net: Any = tables.networks  # with every optional part: networks and processes know the budget
+        self.kernel: Any = tables.kernels
+        self.linear: Any = (tables.linear_offset, tables.linear_budget)
+        self.curve: Any = tables.curve
         self.tables, self.log_mean, self.log_scale = tables, ranker.log_mean, ranker.log_scale
         parts = (tables.networks.table.flatten(1), tables.kernels.table.flatten(1), tables.linear)
         self.widths = [part.shape[1] for part in parts]
@@ -123,7 +128,7 @@ class TorchDecisions:
         return torch.cat([self._accept(slice(start, start + batch)) for start in rows])
 
     def _accept(self, rows: slice) -> Tensor:
-        net, kernel = self.tables.networks, self.tables.kernels
+        net, kernel = self.net, self.kernel
         macs = self.macs[self.macs_index[rows]].sum(1) + self.constant[self.resolution[rows]]
         log_macs = (macs / 1e6).log()
         z = ((log_macs - self.log_mean) / self.log_scale).float()
@@ -136,12 +141,12 @@ class TorchDecisions:
         exponent = torch.addr(sums[1] + kernel.offset.flatten(), z, kernel.budget.flatten())
         exponent = torch.addr(exponent, z * z, kernel.budget_square.flatten()).exp_()
         members.append((exponent.view(len(z), *kernel.head.shape) * kernel.head).sum(2))
-        linear = torch.addr(sums[2] + self.tables.linear_offset, z, self.tables.linear_budget)
+        linear = torch.addr(sums[2] + self.linear[0], z, self.linear[1])
         scores = (torch.cat(members, dim=1) + linear) @ self.tables.weights
         low, high = self.tables.curve_range
-        place = (z - low) * ((len(self.tables.curve) - 1) / (high - low))
+        place = (z - low) * ((len(self.curve) - 1) / (high - low))
         left = place.long()
-        scores += torch.lerp(self.tables.curve[left], self.tables.curve[left + 1], place - left)
+        scores += torch.lerp(self.curve[left], self.curve[left + 1], place - left)
         limit = torch.from_numpy(np.interp(log_macs.numpy(), self.knots, self.values))
         return scores.double() >= limit
 

@@ -329,7 +329,7 @@ def _flood(
 ) -> Flood:
     """The best distinct draws in a window. Where the pruned space has a filter of its own, the flood keeps
     the best of the whole window and `evolve` tells which of them are inside."""
-    own = pruned is not None and pruned.scorer is flt
+    own = None if pruned is None or pruned.scorer is not flt else pruned
     return space.flood(
         flt.budget_ranker(),
         config.num_flood,
@@ -338,7 +338,7 @@ def _flood(
         seed=int(rng.integers(0, 2**64, dtype=np.uint64)),
         top_k=_FLOOD_KEPT * config.population,
         resolutions=resolutions,
-        thresholds=(pruned.knots, pruned.values) if own else None,
+        thresholds=None if own is None else (own.knots, own.values),
     )
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,7 +151,7 @@ def search(
         pruned=pruned,
         resolution=resolution,
         config=config,
-        on_flood=None if run is None else functools.partial(run.log, "flood"),
+        on_flood=None if run is None else lambda note: run.log("flood", **note),
     )
     paths = list(
         dict.fromkeys(path for population in found.values() for path in net.space.decode(population))
