@@ -20,6 +20,7 @@ SUITES = {
     "blocks": "suite_blocks",
     "cost": "suite_cost",
     "depthwise": "suite_depthwise",
+    "evaluation": "suite_evaluation",
     "inference": "suite_inference",
     "memory": "suite_memory",
     "path_filter": "suite_path_filter",
