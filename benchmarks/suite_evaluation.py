@@ -38,8 +38,7 @@ def evaluation(name: str, path_name: str) -> Comparison:
 
     def check() -> None:
         ours, theirs = (measure(evaluator) for evaluator in evaluators)
-        # Statistics differ in the sixth digit, and two detections that change places move AP by 1e-4 or more.
-        assert abs(ours["ap"] - theirs["ap"]) <= 1e-3, (ours["ap"], theirs["ap"])
+        assert abs(ours["ap"] - theirs["ap"]) <= 1e-4, (ours["ap"], theirs["ap"])
 
     calls = [partial(measure, evaluator) for evaluator in evaluators]
     return Comparison(name, calls[0], calls[1], check, "reference")
