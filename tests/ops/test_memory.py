@@ -2,6 +2,7 @@
 """The pool behind large outputs: reused, bounded, released on request, safe between threads."""
 
 import resource
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -106,6 +107,20 @@ def test_release_frees_scratch_too() -> None:
     held = _C.scratch_bytes()
     release_memory()
     assert _C.scratch_bytes() < held  # other threads keep theirs until they next run a kernel
+
+
+def test_release_frees_all_scratch_of_one_thread() -> None:
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from pfnas_fast.ops import dynamic_depthwise_conv, release_memory\n"
+        "from pfnas_fast.ops._library import _C\n"
+        "dynamic_depthwise_conv(torch.randn(1, 64, 64, 64), torch.randn(64, 1, 7, 7), kernel_size=7)\n"
+        "assert _C.scratch_bytes() > 0\n"
+        "release_memory()\n"
+        "assert _C.scratch_bytes() == 0\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_small_tensors_are_left_to_torch() -> None:
