@@ -110,6 +110,12 @@ def print_report(report: dict[str, Any], folder: str) -> None:
     console.print(against)
     total = report["compute"]["total"]
     reason = report.get("filter_reason", "")  # runs of earlier versions have none
+    for entry in report.get("filter_refreshes", []):
+        console.print(
+            f"Filter re-fitted at step {entry['step']} of training with {entry['num_labels']} fresh labels, "
+            f"{'used' if entry['filter_used'] else 'not used'} ({entry['reason']}).",
+            highlight=False,
+        )
     console.print(
         f"Filter used: {'yes' if report['filter_used'] else 'no'}{f' ({reason})' if reason else ''}. "
         f"Compute: {total['macs_t']:.2f} T MACs, {total['seconds'] / 60:.1f} min. "

@@ -23,6 +23,7 @@ def next_paths(
     num_paths: int,
     num_bins: int = 8,
     equal: str = "width",
+    bins: np.ndarray | None = None,
 ) -> np.ndarray:
     """Choose the candidates about which the filter knows least, as many from every budget bin.
 
@@ -36,6 +37,8 @@ def next_paths(
         num_paths: How many to choose, 1 <= num_paths <= n.
         num_bins: Budget bins over the candidates.
         equal: As `cost_bins`: "width" or "population".
+        bins: Budget bin of each candidate, int [n] in 0..num_bins-1, where it is known; then `equal` is not
+            looked at.
 
     Returns:
         int64 [num_paths], distinct indices into `candidates`, in the order chosen. A bin that runs out of
@@ -62,7 +65,10 @@ def next_paths(
     codes, z = flt.normalised_inputs(candidates, macs_m)
     if not 1 <= num_paths <= len(codes):
         raise InputError(f"next_paths: expected 1 to {len(codes)} for num_paths, got {num_paths}")
-    bins = cost_bins(np.asarray(macs_m, np.float64), num_bins, equal=equal)
+    if bins is None:
+        bins = cost_bins(np.asarray(macs_m, np.float64), num_bins, equal=equal)
+    elif np.shape(bins) != (len(codes),) or not ((bins >= 0) & (bins < num_bins)).all():
+        raise InputError(f"next_paths: expected [{len(codes)}] numbers from 0 to {num_bins - 1} for bins")
     model = flt.parts.kernels[0]
     features = torch.from_numpy(flt.encoding.features(codes)).double() - flt.feature_mean()
     noise = model.noise()

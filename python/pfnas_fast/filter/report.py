@@ -133,6 +133,7 @@ def filter_report(
     num_bootstrap: int = 1000,
     seed: int = 0,
     png: str | FilePath | None = None,
+    curve_shares: tuple[float, ...] = _CURVE_SHARES,
 ) -> dict[str, Any]:
     """Judge a filter on paths it has not seen.
 
@@ -149,6 +150,8 @@ def filter_report(
         num_bootstrap: Resamples of the paths behind every interval.
         seed: Of folds, fits and bootstrap.
         png: Where to draw the report; None = nowhere.
+        curve_shares: Shares of the labels, besides all, at which ``sample_efficiency`` is measured; each
+            costs as much as the rest of the report.
 
     Returns:
         JSON-ready: ``tau`` (global, within_bins, local, within_bins_and_resolution; each with the filter, its
@@ -189,7 +192,7 @@ def filter_report(
     use_filter, reason = _decision(taus["within_bins"], n)
     groups = bins * num_folds + fold
     curve = []
-    for share in _CURVE_SHARES:
+    for share in curve_shares:
         part, _ = held_out_scores(
             flt,
             rows,

@@ -13,7 +13,7 @@ import numpy as np
 
 from pfnas_fast.errors import InputError
 from pfnas_fast.filter.exact import ExactSampler
-from pfnas_fast.filter.thresholds import BudgetThresholds, PathScorer
+from pfnas_fast.filter.thresholds import BudgetThresholds, PathScorer, score_tau
 
 __all__ = ["Balanced", "BestUp", "Filtered", "RandomPrune", "Sampler", "Uniform"]
 
@@ -123,6 +123,10 @@ class _Base:
     def _sample_steps(self, rng: np.random.Generator, steps: np.ndarray) -> np.ndarray:
         """One path for each entry of `steps` (int64 [n], the step that will train it)."""
         return self.sample(rng, len(steps))
+
+
+def _drift_rng() -> np.random.Generator:
+    return np.random.default_rng([0, 0xD1])
 
 
 class Uniform(_Base):
@@ -252,7 +256,7 @@ class Filtered(_Rejecting):
         self._prepare()
         if old is None or self.thresholds is None:
             raise RuntimeError("Filtered: bound without thresholds")
-        return old.drift(self.thresholds, Balanced.sample(self, np.random.default_rng([0, 0xD1]), 4000))
+        return old.drift(self.thresholds, Balanced.sample(self, _drift_rng(), 4000))
 
     def _accept(self, population: np.ndarray) -> np.ndarray:
         if self.thresholds is None:
@@ -353,3 +357,19 @@ class BestUp(Balanced):
         scores = self.flt.score(pool, macs_m)
         best = groups[np.arange(num_groups), np.argmax(scores[groups], axis=1)]
         return pool[rng.permutation(best)[:n]]
+
+    def refresh(self, flt: PathScorer) -> dict[str, float]:
+        """Go on with a re-fitted filter.
+
+        Args:
+            flt: The new filter.
+
+        Returns:
+            ``score_tau``: Kendall's tau of the two filters' scores (on 4,000 balanced draws).
+        """
+        self._require_bound()
+        population = Balanced.sample(self, _drift_rng(), 4000)
+        tau = score_tau(self.flt, flt, population, self.cost.macs_m(population))
+        self.flt = flt
+        self._blocks = {}
+        return {"score_tau": tau}

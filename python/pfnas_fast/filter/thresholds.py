@@ -29,6 +29,20 @@ def _bin_line(log_macs: np.ndarray, scores: np.ndarray, centre: float, keep: flo
     return float(np.quantile(scores - slope * offset, 1.0 - keep)), slope
 
 
+def score_tau(first: PathScorer, second: PathScorer, population: np.ndarray, macs_m: np.ndarray) -> float:
+    """Kendall's tau of two scores, on at most 2,000 of the paths.
+
+    Args:
+        first, second: What ranks.
+        population: uint8 [n, num_slots].
+        macs_m: [n].
+    """
+    rows = np.linspace(0, len(population) - 1, min(len(population), 2000)).astype(np.int64)
+    a, b = (scorer.score(population[rows], macs_m[rows]) for scorer in (first, second))
+    agree = np.sign(a[:, None] - a[None, :]) * np.sign(b[:, None] - b[None, :])
+    return float(agree.sum()) / max(len(rows) * (len(rows) - 1), 1)
+
+
 class BudgetThresholds:
     """Thresholds t(budget): the (1 - keep) quantile of the score among paths of that budget.
 
@@ -146,14 +160,9 @@ class BudgetThresholds:
         """
         macs_m = self.cost.macs_m(population)
         own, their = self.accept(population, macs_m), other.accept(population, macs_m)
-        rows = np.linspace(0, len(population) - 1, min(len(population), 2000)).astype(np.int64)
-        a = self.scorer.score(population[rows], macs_m[rows])
-        b = other.scorer.score(population[rows], macs_m[rows])
-        agree = np.sign(a[:, None] - a[None, :]) * np.sign(b[:, None] - b[None, :])
-        pairs = max(len(rows) * (len(rows) - 1), 1)
         return {
             "kept_by_both": float(their[own].mean()) if own.any() else 0.0,
-            "score_tau": float(agree.sum()) / pairs,
+            "score_tau": score_tau(self.scorer, other.scorer, population, macs_m),
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pfnas_fast.errors import InputError
 
 SCHEDULES = ("sandwich", "progressive", "single")
 SAMPLERS = ("uniform", "balanced", "bestup", "random_prune", "filter_unconditioned", "path_filter")
+LABELLINGS = ("stratified", "active")
 OPTIMIZERS = ("sgd", "adamw")
 BACKENDS = ("fast", "reference")
 DEVICES = ("cpu", "cuda")
@@ -90,6 +91,8 @@ class RunConfig:
     num_bins: int = 8
     labels_per_bin: int = 16
     filter_members: int = 5
+    labelling: str = "stratified"  # "active": half of them where a filter of the other half knows least
+    filter_refreshes: int = 1  # of S3 to S5 in the middle of S6, where a filter steers it
     # S7, S8 and the report.
     num_budgets: int = 8
     max_macs_m: float | None = None
@@ -104,6 +107,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("sampler", self.sampler, SAMPLERS)
+        _check_choice("labelling", self.labelling, LABELLINGS)
         _check_choice("backend", self.backend, BACKENDS)
         _check_choice("pretrain_optimizer", self.pretrain_optimizer, OPTIMIZERS)
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
@@ -129,7 +133,7 @@ class RunConfig:
                 raise InputError(
                     f"config: expected a positive number for {name}, got {getattr(self, name)!r}"
                 )
-        for name in ("seed", "finetune_steps", "num_workers", "search_flood"):
+        for name in ("seed", "finetune_steps", "num_workers", "search_flood", "filter_refreshes"):
             if getattr(self, name) < 0:
                 raise InputError(f"config: expected at least 0 for {name}, got {getattr(self, name)!r}")
         if self.batch_size < 2:  # batch statistics of one image are none
@@ -138,6 +142,12 @@ class RunConfig:
             raise InputError(
                 f"config: expected at least {_MIN_LABELS} for num_bins x labels_per_bin (the filter's report "
                 f"needs that many paths), got {self.num_bins} x {self.labels_per_bin}"
+            )
+
+        if self.labelling == "active" and self.labels_per_bin < 2:
+            raise InputError(
+                "config: expected at least 2 for labels_per_bin with labelling 'active' (half of them are "
+                f"drawn, the others chosen), got {self.labels_per_bin!r}"
             )
 
     @property
@@ -214,8 +224,8 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
 
 
 def load_config(file: FilePath) -> RunConfig:
-    """Read a `config.yaml` that a run wrote."""
-    return config_from_dict(_read_mapping(file.read_text(), str(file)))
+    """Read a `config.yaml` that a run wrote; runs of versions without a refresh have none."""
+    return config_from_dict({"filter_refreshes": 0, **_read_mapping(file.read_text(), str(file))})
 
 
 def recipe_names() -> list[str]:

@@ -11,11 +11,13 @@ import numpy as np
 
 from pfnas_fast.data import check_images, voc_ap50
 from pfnas_fast.errors import InputError
-from pfnas_fast.filter import BudgetThresholds, PathFilter
+from pfnas_fast.filter import PathFilter
 from pfnas_fast.report.draw import draw_detections
 from pfnas_fast.report.plots import plot_front
 from pfnas_fast.run.finetune import finetune_front
-from pfnas_fast.run.job import Job, measure_drift, measure_labels
+from pfnas_fast.run.job import Job
+from pfnas_fast.run.labels import ACTIVE_STAGE, join_labels, measure_drift, measure_label_sets, measure_labels
+from pfnas_fast.run.refresh import pruned_space, read_refreshes, refresh_labels
 from pfnas_fast.search import EvolutionConfig, search
 from pfnas_fast.space import BudgetSampler, CostModel, Path
 from pfnas_fast.train import Labels, PathEvaluator, label_paths
@@ -53,9 +55,7 @@ def run_search(job: Job) -> None:
     flt = search_filter(job)
     pruned = None
     if config.sampler == "path_filter" and run.read_json("filter/report.json")["filter_used"]:
-        pruned = BudgetThresholds.from_state_dict(
-            run.read_json("filter/thresholds.json"), job.load_filter(), job.cost
-        )
+        pruned = pruned_space(job)
     net = job.load_net("train")
     front = search(
         net,
@@ -80,27 +80,17 @@ def run_search(job: Job) -> None:
 
 
 def search_filter(job: Job) -> PathFilter:
-    """The predictor of the search: fitted to all labels, those made after a filtered training included.
-
-    Labels from before and after differ in level and spread, so each set is standardised by itself; a pairwise
-    loss between sets then asks only what is true of both.
+    """The predictor of the search: fitted to all labels, those made during and after a filtered training
+    included.
     """
     sets = [measure_labels(job)]
     if job.config.uses_filter:
-        sets.append(measure_drift(job))
-    values, noise = [], []
-    for labels in sets:
-        spread = max(float(labels.label.std()), 1e-9)
-        values.append((labels.label - labels.label.mean()) / spread)
-        noise.append(np.full(len(labels.paths), labels.label_sd / spread))
-    paths = [path for labels in sets for path in labels.paths]
-    macs_m = np.concatenate([labels.macs_m for labels in sets])
+        sets += [*refresh_labels(job).values(), measure_drift(job)]
+    joined = join_labels(sets)
     flt = PathFilter(
         job.space, cost=job.cost, condition=job.filter_condition, num_members=job.config.filter_members
     )
-    return flt.fit(
-        paths, np.concatenate(values), macs_m, label_sd=np.concatenate(noise), seed=job.config.seed
-    )
+    return flt.fit(joined.paths, joined.label, joined.macs_m, label_sd=joined.label_sd, seed=job.config.seed)
 
 
 def model_names(macs_m: Sequence[float]) -> list[str]:
@@ -149,6 +139,7 @@ def run_report(job: Job) -> None:
     filter_report = run.read_json("filter/report.json")
     report["filter_used"] = filter_report["filter_used"]
     report["filter_reason"] = filter_report["reason"]
+    report["filter_refreshes"] = read_refreshes(job)
     report["compute"] = compute_ledger(job)
     if config.finetune_steps:
         report["finetuned"] = finetune_front(job, net, front)
@@ -241,7 +232,9 @@ def _correlations(job: Job) -> dict[str, dict[str, float]]:
     from scipy import stats
 
     result = {}
-    for name in ("labels", "relabels", "candidates", "front_test", "random_test"):
+    refreshes = [entry["name"] for entry in read_refreshes(job)]
+    names = ("labels", ACTIVE_STAGE, *refreshes, "relabels", "candidates", "front_test", "random_test")
+    for name in names:
         rows = _read_measured(job, name)
         ap, macs_m = np.array([row["ap"] for row in rows]), np.array([row["macs_m"] for row in rows])
         if len(rows) < 3 or np.ptp(ap) == 0:
@@ -275,7 +268,10 @@ def compute_ledger(job: Job) -> dict[str, dict[str, float]]:
     measured: dict[str, dict[int, float]] = {}
     for line in job.run.read_log("measured"):
         measured.setdefault(line["stage"], {})[line["index"]] = line["seconds"]
-    sets = {"labels": measure_labels(job).macs_t, "candidates": job.run.read_json("search.json")["macs_t"]}
+    sets = {stage: labels.macs_t for stage, labels in measure_label_sets(job).items()}
+    sets["candidates"] = job.run.read_json("search.json")["macs_t"]
+    refreshes = read_refreshes(job)
+    sets.update({entry["name"]: entry["macs_t"] for entry in refreshes})
     if job.config.uses_filter:
         sets["relabels"] = measure_drift(job).macs_t
     for stage, macs_t in sets.items():
@@ -284,6 +280,8 @@ def compute_ledger(job: Job) -> dict[str, dict[str, float]]:
     for stage in ("filter", "prune"):
         if stage in done:
             ledger[stage] = {"macs_t": 0.0, "seconds": done[stage]}
+    for entry in refreshes:  # its labels are in; fitting and judging are not
+        ledger[entry["name"]]["seconds"] += entry["seconds"]
     evolution = max(0.0, done.get("search", 0.0) - ledger["candidates"]["seconds"])
     ledger["search"] = {"macs_t": 0.0, "seconds": evolution}
     total = {key: sum(entry[key] for entry in ledger.values()) for key in ("macs_t", "seconds")}

@@ -215,6 +215,7 @@ PRODUCERS = {
     "checkpoints/filter.pt": "filter",
     "filter/report.json": "filter",
     "filter/thresholds.json": "prune",
+    "filter/refresh.json": "train",
     "pareto.json": "search",
     "report.json": "report",
 }

@@ -40,9 +40,11 @@ from pfnas_fast.filter.report import filter_report
 from pfnas_fast.filter.samplers import Balanced, BestUp, Filtered, RandomPrune, Sampler, Uniform
 from pfnas_fast.run.config import RunConfig
 from pfnas_fast.run.folder import Run
+from pfnas_fast.run.labels import measure_drift, measure_labels, run_label
+from pfnas_fast.run.refresh import filter_in_force, refresh_of
 from pfnas_fast.space import CostModel, Space, load_space
 from pfnas_fast.supernet import ClassificationSupernet
-from pfnas_fast.train import Labels, classification_accuracy, label_paths, pretrain, train
+from pfnas_fast.train import classification_accuracy, pretrain, train
 from pfnas_fast.train.distributed import decide_together, rank_and_size
 from pfnas_fast.train.engine import Progress
 from pfnas_fast.train.schedules import equal_compute_steps
@@ -122,14 +124,15 @@ class Job:
             )
         return state
 
-    def load_filter(self) -> PathFilter:
+    def load_filter(self, checkpoint: str = "filter") -> PathFilter:
+        """The filter of S4, or that of another checkpoint."""
         flt = PathFilter(
             self.space,
             cost=self.cost,
             condition=self.filter_condition,
             num_members=self.config.filter_members,
         )
-        flt.load_state_dict(self.run.load("filter"))
+        flt.load_state_dict(self.run.load(checkpoint))
         return flt
 
     @property
@@ -138,8 +141,15 @@ class Job:
 
     @property
     def labels_per_bin(self) -> int:
-        """Filtered runs label again after training (a quarter more); the others get that quarter at once."""
-        return self.config.labels_per_bin + (0 if self.config.uses_filter else self.relabels_per_bin)
+        """Filtered runs label again during and after training; the others get as many labels at once."""
+        config = self.config
+        later = self.relabels_per_bin + config.filter_refreshes * self.refresh_labels_per_bin
+        return config.labels_per_bin + (0 if config.uses_filter else later)
+
+    @property
+    def refresh_labels_per_bin(self) -> int:
+        """Half of the labels, and at least two per bin."""
+        return max(2, self.config.labels_per_bin // 2)
 
     @property
     def relabels_per_bin(self) -> int:
@@ -209,31 +219,6 @@ def run_warmup(job: Job) -> None:
     _train(job, job.load_net("transfer"), Balanced(job.space), "warmup", "sandwich", job.config.warmup_steps)
 
 
-def run_label(job: Job) -> None:
-    """S3: measure paths in every budget bin on images that no weight has seen."""
-    labels = measure_labels(job)
-    job.run.write_json(
-        "labels.json",
-        {"num": len(labels.paths), "label": labels.label_name, "reliability": labels.reliability},
-    )
-
-
-def measure_labels(job: Job) -> Labels:
-    """The labels of S3; rows already in `labels.csv` are not measured again."""
-    checkpoint = "warmup" if job.config.uses_filter else "train"
-    check_images(job.data.label)
-    return label_paths(
-        job.load_net(checkpoint),
-        job.data.label,
-        per_bin=job.labels_per_bin,
-        num_bins=job.config.num_bins,
-        calib=job.data.calib,
-        run=job.run,
-        stage="labels",
-        progress=job.progress,
-    )
-
-
 def run_filter(job: Job) -> None:
     """S4: fit the path filter and report how far it can be trusted."""
     job.run.require("labels.csv")
@@ -285,28 +270,17 @@ def run_train(job: Job) -> None:
     if rank_and_size()[0] != 0:
         return
     labels = measure_drift(job)
-    scores = job.load_filter().score(labels.paths, labels.macs_m)
+    taus = {
+        name: tau_within_groups(flt.score(labels.paths, labels.macs_m), labels.label, labels.bins)
+        for name, flt in (("", filter_in_force(job)[0]), ("_unrefreshed", job.load_filter()))
+    }
     report = {
         "num": len(labels.paths),
-        "tau_within_bins": tau_within_groups(scores, labels.label, labels.bins),
+        **{f"tau_within_bins{name}": tau for name, tau in taus.items()},
         "tau_within_bins_macs_only": tau_within_groups(labels.macs_m, labels.label, labels.bins),
         "label": labels.label_name,
     }
     job.run.write_json("filter/drift.json", report)
-
-
-def measure_drift(job: Job) -> Labels:
-    """Label a quarter as many fresh paths after training: does the filter still rank them?"""
-    return label_paths(
-        job.load_net("train"),
-        job.data.label,
-        per_bin=job.relabels_per_bin,
-        num_bins=job.config.num_bins,
-        calib=job.data.calib,
-        run=job.run,
-        stage="relabels",
-        progress=job.progress,
-    )
 
 
 def train_sampler(job: Job) -> Sampler:
@@ -379,6 +353,7 @@ def _train(
         run=job.run,
         stage=stage,
         progress=job.progress,
+        refresh=refresh_of(job, sampler),
     )
 
 

@@ -97,15 +97,22 @@ def _stage_details(config: RunConfig, cost: CostModel) -> dict[str, str]:
     counted = config.train_steps if config.uses_filter else config.train_steps + config.warmup_steps
     steps = training_steps(config, cost)["train"]
     about = "about " if config.uses_filter else ""
-    extra = 0 if config.uses_filter else max(1, config.labels_per_bin // 4)
+    later = max(2, config.labels_per_bin // 4)
+    refresh = max(2, config.labels_per_bin // 2)
+    extra = 0 if config.uses_filter else later + config.filter_refreshes * refresh
+    chosen = ", half of them chosen by what the others leave unknown" if config.labelling == "active" else ""
+    refreshed = ""
+    if config.uses_filter and config.filter_refreshes:
+        refreshed = f", the filter re-fitted {config.filter_refreshes} x with {refresh} paths per bin"
     return {
         "pretrain": f"{config.pretrain_steps} steps of {config.pretrain_batch_size} images "
         f"of {config.pretrain_data}",
         "warmup": f"{config.warmup_steps} sandwich steps of {config.batch_size} images",
-        "label": f"{config.labels_per_bin + extra} paths in each of {config.num_bins} budget bins",
+        "label": f"{config.labels_per_bin + extra} paths in each of {config.num_bins} budget bins{chosen}",
         "prune": f"keep {100 * config.keep:.0f} % of the paths at every budget",
         "train": f"{about}{steps} {config.schedule} steps of {config.batch_size} images"
-        + (f" (the compute of {counted} balanced sandwich steps)" if steps != counted or about else ""),
+        + (f" (the compute of {counted} balanced sandwich steps)" if steps != counted or about else "")
+        + refreshed,
         "search": f"{config.num_budgets} budgets, {config.candidates_per_budget} candidates each by real AP",
         "report": f"{config.random_paths} random paths at {config.report_budgets} budgets on test",
     }

@@ -3,7 +3,16 @@
 
 from pfnas_fast.train.classification import classification_accuracy, pretrain
 from pfnas_fast.train.detection import train
+from pfnas_fast.train.engine import Refresh
 from pfnas_fast.train.evaluate import PathEvaluator
 from pfnas_fast.train.labelling import Labels, label_paths
 
-__all__ = ["Labels", "PathEvaluator", "classification_accuracy", "label_paths", "pretrain", "train"]
+__all__ = [
+    "Labels",
+    "PathEvaluator",
+    "Refresh",
+    "classification_accuracy",
+    "label_paths",
+    "pretrain",
+    "train",
+]

@@ -16,7 +16,7 @@ from pfnas_fast.filter.samplers import Balanced, Sampler
 from pfnas_fast.run.folder import Run
 from pfnas_fast.space import Path
 from pfnas_fast.train.distributed import rank_and_size
-from pfnas_fast.train.engine import Progress, Teacher, TrainOptions, describe, fit
+from pfnas_fast.train.engine import Progress, Refresh, Teacher, TrainOptions, describe, fit
 
 
 def train(
@@ -40,6 +40,7 @@ def train(
     seed: int = 0,
     stage: str | None = None,
     progress: Progress | None = None,
+    refresh: Refresh | None = None,
 ) -> dict[str, float]:
     """Train the shared weights of all paths, in place.
 
@@ -65,6 +66,7 @@ def train(
         stage: Name of the checkpoint and of the random streams. Default: "train"; with a `run`, later calls
             on the same `Run` object are "train-2", "train-3", ... in the order of the calls.
         progress: Called as `progress(stage, step, steps, {"loss": ...})` after each step.
+        refresh: What to do in mid-training, to the sampler above all (`pfnas_fast.train.Refresh`).
 
     Returns:
         `{"steps", "macs_t", "seconds"}`: steps made, MACs executed in 10^12 (forward + backward = 3 forward
@@ -106,10 +108,18 @@ def train(
         stage,
         describe(sampler),
         describe(augmentation),
+        0 if refresh is None else refresh.num_times,
     )
     task = _DetectionTask(net, dataset, options, augmentation, num_workers)
     return fit(
-        net, task, cost=net.cost, sampler=sampler.bind(net.cost), options=options, run=run, progress=progress
+        net,
+        task,
+        cost=net.cost,
+        sampler=sampler.bind(net.cost),
+        options=options,
+        run=run,
+        progress=progress,
+        refresh=refresh,
     )
 
 

@@ -24,7 +24,14 @@ from pfnas_fast.run.folder import Run
 from pfnas_fast.space import CostModel, Path
 from pfnas_fast.train.distributed import average_gradients, broadcast_parameters, rank_and_size
 from pfnas_fast.train.optimizer import WeightAverage, learning_rate_at, make_optimizer, set_learning_rate
-from pfnas_fast.train.schedules import PathSource, Phase, make_phases, plan_paths, step_macs_m
+from pfnas_fast.train.schedules import (
+    PathSource,
+    Phase,
+    make_phases,
+    plan_paths,
+    refresh_steps,
+    step_macs_m,
+)
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 _GRADIENT_NORM_LIMIT = 5.0
@@ -57,6 +64,21 @@ class Teacher:
 
 
 @dataclass(frozen=True)
+class Refresh:
+    """Something that is done in mid-training, evenly spaced over the steps that the sampler draws for.
+
+    Attributes:
+        num_times: How often.
+        call: Called on every rank as `call(index, step, net)` before step `step` is drawn; `net` is a copy in
+            eval mode that holds the averaged weights. A resumed stage that is already past that step calls
+            with net=None: what the first call did to the sampler has to be done again.
+    """
+
+    num_times: int
+    call: Callable[[int, int, nn.Module | None], None]
+
+
+@dataclass(frozen=True)
 class TrainOptions:
     """Settings of the loop; see `pfnas_fast.train.train` for their meaning."""
 
@@ -74,6 +96,7 @@ class TrainOptions:
     stage: str
     sampler: str  # which, and with what settings
     augmentation: str
+    num_refreshes: int = 0
 
     @property
     def stream_seed(self) -> int:
@@ -85,6 +108,8 @@ class TrainOptions:
         settings = dataclasses.asdict(self)
         del settings["checkpoint_every"]
         settings["steps"] = settings.pop("num_steps")
+        if self.num_refreshes == 0:
+            del settings["num_refreshes"]  # as in checkpoints of versions without any
         return settings
 
 
@@ -98,6 +123,26 @@ class _LoopState:
     seconds: float
 
 
+@dataclass(frozen=True)
+class _MidTraining:
+    refresh: Refresh | None
+    steps: tuple[int, ...]
+
+    def restore(self, step: int) -> None:
+        """Do again what was done before a resumed stage came to `step`."""
+        for index, place in enumerate(self.steps):
+            if self.refresh is not None and place < step:
+                self.refresh.call(index, place, None)
+
+    def before(self, step: int, net: nn.Module, average: WeightAverage) -> None:
+        """Call with the averaged weights; the weights that are trained stay as they are."""
+        if self.refresh is None:
+            return
+        averaged = copy.deepcopy(net)
+        average.copy_to(averaged)
+        self.refresh.call(self.steps.index(step), step, averaged.eval())
+
+
 def fit(
     net: nn.Module,
     task: Task,
@@ -107,6 +152,7 @@ def fit(
     options: TrainOptions,
     run: Run | None,
     progress: Progress | None,
+    refresh: Refresh | None = None,
 ) -> dict[str, float]:
     """Train `net` in place; on return it holds the averaged weights and is in eval mode.
 
@@ -124,13 +170,15 @@ def fit(
         net.eval()
         return {"steps": options.num_steps, "macs_t": saved["macs_t"], "seconds": saved["seconds"]}
     state = _start(net, saved, options)
+    hook = _MidTraining(refresh, refresh_steps(phases, 0 if refresh is None else refresh.num_times))
+    hook.restore(state.step)
     begin = 0
     for phase in phases:
         end = begin + phase.num_steps
         if state.step < end:
             if state.step == begin:
                 _enter_phase(net, phase, state, options, is_first=begin == 0)
-            _train_phase(net, task, phase, begin, state, cost, sampler, options, run, progress)
+            _train_phase(net, task, phase, begin, state, cost, sampler, options, run, progress, hook)
             state.average.copy_to(net)
         begin = end
     net.eval()
@@ -233,12 +281,17 @@ def _train_phase(
     options: TrainOptions,
     run: Run | None,
     progress: Progress | None,
+    hook: _MidTraining,
 ) -> None:
     end = begin + phase.num_steps
     rank, size = rank_and_size()
     clock = time.perf_counter()
     for batch in task.batches(state.step, end - state.step):
         step = state.step
+        if step in hook.steps:
+            state.seconds += time.perf_counter() - clock
+            hook.before(step, net, state.average)
+            clock = time.perf_counter()  # what the refresh takes is written down by itself
         torch.manual_seed(options.stream_seed + step * size + rank)
         paths = plan_paths(phase, cost.space, sampler, options.stream_seed, step)
         rate = learning_rate_at(step - begin, phase.num_steps, options.learning_rate * phase.rate_scale)

@@ -18,7 +18,7 @@ from pfnas_fast.detection import DetectionSupernet
 from pfnas_fast.errors import InputError
 from pfnas_fast.filter.report import choose_label
 from pfnas_fast.run.folder import Run
-from pfnas_fast.space import BudgetSampler, CostModel, Path
+from pfnas_fast.space import BudgetSampler, CostModel, Path, Space
 from pfnas_fast.train.engine import Progress, stream_id
 from pfnas_fast.train.evaluate import PathEvaluator
 
@@ -141,6 +141,40 @@ def label_paths(
     macs_t = float(macs_m.sum()) * (len(dataset) + len(evaluator.calib)) / 1e6
     values = {name: np.array([float(row[name]) for row in rows]) for name in _VALUES}
     return _judge(drawn, bins, macs_m, values, macs_t)
+
+
+def read_labels(run: Run, stage: str, space: Space, *, macs_t: float) -> Labels:
+    """Labels as a finished `label_paths` wrote them, without the weights that they were measured with.
+
+    Args:
+        run: Where.
+        stage: The name they were measured under.
+        space: Their space.
+        macs_t: MACs that were executed for them, 10^12.
+    """
+    rows = list(csv.DictReader(run.require(f"{stage}.csv").read_text().splitlines()))
+    paths = [space.path_from_json(json.loads(row["path"])) for row in rows]
+    bins = np.array([int(row["bin"]) for row in rows], np.int64)
+    macs_m = np.array([float(row["macs_m"]) for row in rows])
+    values = {name: np.array([float(row[name]) for row in rows]) for name in _VALUES}
+    return _judge(paths, bins, macs_m, values, macs_t)
+
+
+def merge_labels(sets: Sequence[Labels]) -> Labels:
+    """Labels that were measured with the same weights, as one set; its label is chosen anew.
+
+    Raises:
+        InputError: no sets.
+    """
+    if not sets:
+        raise InputError("merge_labels: expected at least one set of labels for sets, got none")
+    return _judge(
+        [path for labels in sets for path in labels.paths],
+        np.concatenate([labels.bins for labels in sets]),
+        np.concatenate([labels.macs_m for labels in sets]),
+        {name: np.concatenate([labels.values[name] for labels in sets]) for name in _VALUES},
+        sum(labels.macs_t for labels in sets),
+    )
 
 
 def draw_labelled_paths(

@@ -109,6 +109,27 @@ def make_phases(schedule: str, space: Space, num_steps: int, *, distill: bool = 
     ]
 
 
+def refresh_steps(phases: list[Phase], num_times: int) -> tuple[int, ...]:
+    """Steps that cut the part of the training whose paths the sampler draws into equal pieces.
+
+    Args:
+        phases: Of the whole stage.
+        num_times: Cuts; fewer come out where there are fewer steps.
+
+    Returns:
+        Steps in order, none of them the first or the last of that part.
+
+    Example:
+        >>> from pfnas_fast.space import load_space
+        >>> refresh_steps(make_phases("sandwich", load_space("tiny"), 90), 2)
+        (30, 60)
+    """
+    total = sum(phase.num_steps for phase in phases)
+    begin = sum(phase.num_steps for phase in phases if phase.restricted)
+    cuts = {begin + round((total - begin) * (index + 1) / (num_times + 1)) for index in range(num_times)}
+    return tuple(sorted(cuts - {begin, total}))
+
+
 def restrict_space(space: Space, num_kernel_sizes: int, num_depths: int, num_expand_ratios: int) -> Space:
     """Keep only the largest choices of every gene; paths of the result are paths of `space`."""
     stages = tuple(

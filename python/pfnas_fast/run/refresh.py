@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""S3 to S5 once more in the middle of S6: fresh labels, the filter re-fitted, the space pruned anew.
+
+Files of a refresh, `<name>` being "refresh", "refresh-2", ...: `<name>.csv` (labels),
+`checkpoints/filter-<name>.pt`, `filter/<name>_thresholds.json`, and last `filter/<name>.json`, which says
+that the rest is there and whether the filter is used.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from pfnas_fast.detection import DetectionSupernet
+from pfnas_fast.filter import BestUp, BudgetThresholds, Filtered, PathFilter
+from pfnas_fast.filter.metrics import tau_within_groups
+from pfnas_fast.filter.report import filter_report
+from pfnas_fast.run.labels import JoinedLabels, join_labels, label_drawn, measure_labels
+from pfnas_fast.train import Labels, Refresh
+from pfnas_fast.train.distributed import decide_together, rank_and_size
+from pfnas_fast.train.labelling import read_labels
+
+if TYPE_CHECKING:
+    from pfnas_fast.filter import Sampler
+    from pfnas_fast.run.job import Job
+
+
+def refresh_of(job: Job, sampler: Sampler) -> Refresh | None:
+    """What training with `sampler` is to do in its middle; None where nothing can be refreshed."""
+    num_times = job.config.filter_refreshes
+    if num_times == 0 or not isinstance(sampler, (Filtered, BestUp)):
+        return None
+
+    def call(index: int, step: int, net: nn.Module | None) -> None:
+        name = _name(index)
+        if net is not None and rank_and_size()[0] == 0 and not job.run.has(f"filter/{name}.json"):
+            assert isinstance(net, DetectionSupernet)
+            _refit(job, name, step, net, sampler)
+        decide_together(True)  # the other ranks wait for the files
+        if job.run.read_json(f"filter/{name}.json")["filter_used"]:
+            sampler.refresh(job.load_filter(f"filter-{name}"))
+
+    return Refresh(num_times, call)
+
+
+def read_refreshes(job: Job) -> list[dict[str, Any]]:
+    """What the refreshes of this run say of themselves (`filter/<name>.json`), oldest first."""
+    found = []
+    for index in range(job.config.filter_refreshes):
+        if not job.run.has(f"filter/{_name(index)}.json"):
+            break
+        found.append(job.run.read_json(f"filter/{_name(index)}.json"))
+    return found
+
+
+def filter_in_force(job: Job) -> tuple[PathFilter, str]:
+    """The filter that training ended with, and the file of its thresholds."""
+    for entry in reversed(read_refreshes(job)):
+        if entry["filter_used"]:
+            return job.load_filter(f"filter-{entry['name']}"), _thresholds_file(entry["name"])
+    return job.load_filter(), "filter/thresholds.json"
+
+
+def pruned_space(job: Job) -> BudgetThresholds:
+    """The pruned space that training ended with."""
+    flt, file = filter_in_force(job)
+    return BudgetThresholds.from_state_dict(job.run.read_json(file), flt, job.cost)
+
+
+def refresh_labels(job: Job) -> dict[str, Labels]:
+    """The labels of every refresh, by their stage."""
+    return {
+        entry["name"]: read_labels(job.run, entry["name"], job.space, macs_t=entry["macs_t"])
+        for entry in read_refreshes(job)
+    }
+
+
+def _name(index: int) -> str:
+    return "refresh" if index == 0 else f"refresh-{index + 1}"
+
+
+def _thresholds_file(name: str) -> str:
+    return f"filter/{name}_thresholds.json"
+
+
+def _refit(job: Job, name: str, step: int, net: DetectionSupernet, sampler: Filtered | BestUp) -> None:
+    """Label, re-fit from the filter in force, judge, and write everything down (rank 0)."""
+    fresh = label_drawn(job, net, name, job.refresh_labels_per_bin)
+    clock = time.perf_counter()
+    joined = join_labels([measure_labels(job), *refresh_labels(job).values(), fresh])
+    flt, _ = filter_in_force(job)
+    tau_before = _tau(flt, fresh)
+    flt.fit(
+        joined.paths,
+        joined.label,
+        joined.macs_m,
+        label_sd=joined.label_sd,
+        seed=job.config.seed,
+        warm_start=True,
+    )
+    report = _judge(job, flt, joined)
+    used = bool(report["use_filter"] or job.config.force_filter)
+    job.run.save(f"filter-{name}", flt.state_dict())
+    drift = _drift(job, flt, sampler, name)
+    text = report["reason"] if used else f"{report['reason']}; the earlier filter stays"
+    entry = {
+        "name": name,
+        "step": step,
+        "num_labels": len(fresh.paths),
+        "label": fresh.label_name,
+        "filter_used": used,
+        "reason": text,
+        "tau_within_bins_before": tau_before,
+        "tau_within_bins_macs_only": tau_within_groups(fresh.macs_m, fresh.label, fresh.bins),
+        "drift": drift,
+        "tau": report["tau"],
+        "macs_t": fresh.macs_t,
+        "seconds": round(time.perf_counter() - clock, 3),
+    }
+    job.run.log("refresh", **{key: entry[key] for key in ("name", "step", "filter_used", "reason", "drift")})
+    job.run.write_json(f"filter/{name}.json", entry)
+
+
+def _judge(job: Job, flt: PathFilter, joined: JoinedLabels) -> dict[str, Any]:
+    """The report of S4 on all labels so far: is the filter to be trusted?"""
+    return filter_report(
+        flt,
+        joined.paths,
+        joined.label,
+        joined.macs_m,
+        label_sd=joined.label_sd,
+        num_bins=job.config.num_bins,
+        seed=job.config.seed,
+        curve_shares=(),
+    )
+
+
+def _drift(job: Job, flt: PathFilter, sampler: Filtered | BestUp, name: str) -> dict[str, float]:
+    """How far the new filter is from the one in force; thresholds are written on the way."""
+    if isinstance(sampler, BestUp):
+        return BestUp(job.space, sampler.flt).bind(job.cost).refresh(flt)
+    trial = Filtered(job.space, sampler.flt, keep=job.config.keep).bind(job.cost)
+    drift = trial.refresh(flt)
+    assert trial.thresholds is not None
+    job.run.write_json(_thresholds_file(name), trial.thresholds.state_dict())
+    return drift
+
+
+def _tau(flt: PathFilter, labels: Labels) -> float:
+    return tau_within_groups(flt.score(labels.paths, labels.macs_m), labels.label, labels.bins)
