@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pfnas_fast as pf
+from pfnas_fast.filter import Balanced
 from pfnas_fast.run.finish import compute_ledger
 from pfnas_fast.run.job import Job, open_job, run_stage
 from pfnas_fast.run.labels import measure_label_sets, measure_labels
@@ -61,15 +62,15 @@ def test_half_of_the_labels_are_chosen(toy_detection: Path, tmp_path: Path) -> N
     flt = pf.PathFilter(job.space, cost=job.cost, network_share=0.0)
     flt.fit(first.paths, first.label, first.macs_m, label_sd=first.label_sd)
     assert flt.parts is not None
+    process = flt.parts.kernels[0]
 
     def variance(paths: list[pf.Path]) -> float:
         codes, z = flt.normalised_inputs(paths, job.cost.macs_m(paths))
-        features = flt.encoding.features(codes) - flt.feature_mean().numpy()
-        return float(flt.parts.kernels[0].posterior(torch.from_numpy(features).double(), z)[0].mean())
+        features = torch.from_numpy(flt.encoding.features(codes)) - flt.feature_mean()
+        return float(process.posterior(features.double(), z)[0].mean())
 
-    random = job.space.decode(
-        pf.filter.Balanced(job.space).bind(job.cost).sample(np.random.default_rng(0), 200)
-    )
+    sampler = Balanced(job.space).bind(job.cost)
+    random = job.space.decode(sampler.sample(np.random.default_rng(0), 200))
     assert variance(active.paths) > variance(random)
 
 

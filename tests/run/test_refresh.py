@@ -12,11 +12,13 @@ import pytest
 import torch
 
 import pfnas_fast as pf
+from pfnas_fast.filter import Balanced
 from pfnas_fast.run import job as job_module
 from pfnas_fast.run import refresh as refresh_module
 from pfnas_fast.run.finish import compute_ledger, search_filter
 from pfnas_fast.run.job import Job, open_job, run_stage, stage_names, train_sampler
 from pfnas_fast.run.refresh import filter_in_force, read_refreshes, refresh_of
+from pfnas_fast.train import Refresh
 from pfnas_fast.train.schedules import make_phases, refresh_steps
 
 SETTINGS = [
@@ -175,7 +177,7 @@ def test_a_refused_refresh_keeps_the_earlier_filter(
 
 def test_there_is_nothing_to_refresh_without_a_filter(pruned_run: Path) -> None:
     job = open_job(pruned_run)
-    assert refresh_of(job, pf.filter.Balanced(job.space)) is None
+    assert refresh_of(job, Balanced(job.space)) is None
     refresh = refresh_of(job, train_sampler(job))
     assert refresh is not None
     with pytest.raises(pf.InputError, match=r"expected filter/refresh.json .* `pfnas train"):
@@ -189,6 +191,44 @@ def test_refreshes_cut_the_steps_that_the_sampler_draws_for() -> None:
     assert refresh_steps(make_phases("sandwich", space, 90), 0) == ()
     phases = make_phases("progressive", space, 590)
     assert refresh_steps(phases, 1) == (530,)  # the last phase, of 120 steps, is the only one
+
+
+def test_a_refresh_sees_averaged_weights_and_leaves_the_training_alone(
+    toy_detection: Path, tmp_path: Path
+) -> None:
+    data, space, run = pf.load_detection(toy_detection), pf.load_space("tiny"), pf.Run(tmp_path / "run")
+    seen: list[tuple[int, int, bool, bool]] = []
+
+    def call(index: int, step: int, net: torch.nn.Module | None) -> None:
+        assert net is not None
+        saved = run.load("train")  # written at this very step
+        parameters = dict(net.named_parameters())
+        averaged = all(torch.equal(parameters[name], value) for name, value in saved["average"].items())
+        trained = all(torch.equal(parameters[name], saved["model"][name]) for name in parameters)
+        seen.append((index, step, averaged, trained))
+        torch.rand(3)  # a refresh may draw
+        with torch.no_grad():
+            next(net.parameters()).zero_()
+
+    ends = []
+    for refresh, folder in ((Refresh(1, call), run), (None, pf.Run(tmp_path / "without"))):
+        torch.manual_seed(0)
+        net = pf.DetectionSupernet(space, num_classes=2, backend="reference")
+        pf.train(
+            net,
+            data.fit,
+            steps=6,
+            batch_size=2,
+            checkpoint_every=3,
+            run=folder,
+            stage="train",
+            refresh=refresh,
+        )
+        ends.append(net.state_dict())
+    assert seen == [(0, 3, True, False)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    with pytest.raises(pf.InputError, match=r"expected num_refreshes=1 .* got 0"):
+        pf.train(net, data.fit, steps=6, batch_size=2, run=run, stage="train")
 
 
 TWO_RANKS = """

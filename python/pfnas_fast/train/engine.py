@@ -108,8 +108,6 @@ class TrainOptions:
         settings = dataclasses.asdict(self)
         del settings["checkpoint_every"]
         settings["steps"] = settings.pop("num_steps")
-        if self.num_refreshes == 0:
-            del settings["num_refreshes"]  # as in checkpoints of versions without any
         return settings
 
 
@@ -220,7 +218,7 @@ def _load(run: Run | None, options: TrainOptions) -> dict[str, Any] | None:
     if run is None or not run.has_checkpoint(options.stage):
         return None
     saved = run.load(options.stage)
-    old = saved.get("options", {})
+    old = {"num_refreshes": 0, **saved.get("options", {})}  # earlier versions knew no refreshes
     for key, value in options.to_dict().items():
         if old.get(key) != value:
             raise InputError(
