@@ -86,7 +86,8 @@ void set_model(PathScoreModel& m, const Fields& f, const py::dict& fields) {
   }
   m.num_members = m.num_networks + m.num_kernels;
   m.width = m.num_networks * m.first_width() + static_cast<std::int64_t>(m.num_kernels) * m.kernel_width;
-  PFNAS_CHECK(m.block > 0 && m.width % m.block == 0 && m.num_members > 0);
+  PFNAS_CHECK((m.block == 64 || m.block == 128) && m.width % m.block == 0 && m.num_members > 0);
+  PFNAS_CHECK(m.num_rows * m.width < (std::int64_t{1} << 31));
   m.table = f.needed<float>("score_table", {m.width / m.block, m.num_rows, m.block});
   m.offset = f.needed<float>("offset", {m.width});
   m.budget = f.array<float>("budget", {m.width});
@@ -108,12 +109,11 @@ void set_model(PathScoreModel& m, const Fields& f, const py::dict& fields) {
 
 void set_space(Params& p, const Fields& f) {
   p.num_slots = f.number<int>("num_slots");
-  p.num_stages = f.number<int>("num_stages");
   p.num_codes = f.number<int>("num_codes");
   const auto resolutions = f.number<int>("num_resolutions");
   const std::int64_t blocks = p.num_slots - 1;
   PFNAS_CHECK(p.num_slots >= 2 && p.num_slots <= cuda::kFilterSlots);
-  p.stage_start = f.needed<std::int32_t>("stage_start", {p.num_stages + 1});
+  p.first_blocks = f.number<std::uint32_t>("first_blocks");
   p.slot_sizes = f.needed<std::int32_t>("slot_sizes", {p.num_slots});
   p.table = f.needed<double>("table", {resolutions, blocks, p.num_codes});
   p.constant = f.needed<double>("constant", {resolutions});
@@ -123,7 +123,8 @@ void set_space(Params& p, const Fields& f) {
   p.cumulative_down = f.needed<double>("cumulative_down", {-1});
   p.after_choice = f.needed<double>("after_choice", {-1});
   p.after_stop = f.needed<double>("after_stop", {-1});
-  p.buckets = f.needed<std::int64_t>("buckets", {resolutions, blocks, p.num_codes});
+  p.step_row = static_cast<int>(cuda::divide_up(p.num_codes - 1, 4) * 4);
+  p.steps = f.needed<std::int32_t>("steps", {resolutions, blocks, p.step_row});
   p.stop = f.needed<double>("stop", {resolutions, blocks});
   p.go_on = f.needed<double>("go_on", {resolutions, blocks});
 }

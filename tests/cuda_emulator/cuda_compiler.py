@@ -35,9 +35,10 @@ def _cached(source: Path, arguments: tuple[str, ...], suffix: str) -> tuple[Path
     return target, target.exists()
 
 
-def compile_ptx(source: Path, architecture: int) -> Path:
-    """The PTX that nvcc emits for one architecture."""
+def compile_ptx(source: Path, architecture: int, *, lines: bool = False) -> Path:
+    """The PTX that nvcc emits for one architecture, on request with the lines of the source."""
     arguments = ("nvcc", *FLAGS, f"-I{source.parent}", f"-arch=compute_{architecture}", "-ptx")
+    arguments += ("-lineinfo",) * lines
     target, exists = _cached(source, arguments, f".sm_{architecture}.ptx")
     if not exists:
         unfinished = target.with_suffix(f".{os.getpid()}.ptx")
@@ -46,9 +47,9 @@ def compile_ptx(source: Path, architecture: int) -> Path:
     return target
 
 
-def translated_object(source: Path, architecture: int, pattern: str = "") -> Path:
+def translated_object(source: Path, architecture: int, pattern: str = "", *, lines: bool = False) -> Path:
     """Objects with the kernels of a file, from PTX: nvcc, translator, then g++."""
-    ptx = compile_ptx(source, architecture)
+    ptx = compile_ptx(source, architecture, lines=lines)
     text = translate(ptx.read_text(), pattern)
     digest = hashlib.sha256(text.encode()).hexdigest()[:20]
     translated = OBJECTS / f"{source.stem}-{digest}.sm_{architecture}.translated.cpp"

@@ -55,6 +55,8 @@ class Kernel:
         shared_size: Bytes of all of them.
         code: C++ statements.
         blocks: Opcodes of each basic block, for the dynamic instruction mix.
+        place: "file:line " of the source that the next instructions come from; empty: not known.
+        files: Names by number.
     """
 
     name: str
@@ -63,6 +65,8 @@ class Kernel:
     shared_size: int = 0
     code: list[str] = field(default_factory=list)
     blocks: list[Counter[str]] = field(default_factory=list)
+    place: str = ""
+    files: dict[str, str] = field(default_factory=dict)
 
     def start_block(self) -> None:
         self.code.append(f"  COUNT_BLOCK({len(self.blocks)});")

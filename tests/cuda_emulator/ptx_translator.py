@@ -8,6 +8,7 @@ a function registered under its mangled name, so that launches by the ordinary h
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from ptx_syntax import (
     BINARY,
@@ -306,6 +307,10 @@ def declare(kernel: Kernel, statement: str) -> bool:
         kernel.shared[match[2]] = offset
         kernel.shared_size = offset + size
         return True
+    if match := re.fullmatch(r"\.loc\s+(\d+)\s+(\d+)", statement):
+        if match[2] != "0":  # line 0: of no line in particular
+            kernel.place = f"{kernel.files.get(match[1], match[1])}:{match[2]} "
+        return True
     return statement.startswith(".pragma")
 
 
@@ -328,7 +333,7 @@ def translate_statement(kernel: Kernel, statement: str) -> None:
     opcode, _, rest = statement.partition(" ") if " " in statement else (statement.split()[0], "", "")
     opcode, _, more = opcode.partition("\t")
     parts, operands = opcode.split("."), split_operands(f"{more} {rest}")
-    kernel.blocks[-1][opcode] += 1
+    kernel.blocks[-1][kernel.place + opcode] += 1
     if parts[0] in ("ret", "exit"):
         kernel.code.append(f"  {guard}return;")
     elif parts[0] == "bra":
@@ -341,12 +346,12 @@ def translate_statement(kernel: Kernel, statement: str) -> None:
         kernel.start_block()
 
 
-def translate_kernel(name: str, parameters: str, body: str) -> Kernel:
+def translate_kernel(name: str, parameters: str, body: str, files: dict[str, str]) -> Kernel:
     """Translate one `.entry`."""
     declared = re.findall(r"\.param[^,]*?([\w$]+)\[\d+\]", parameters)
     if len(declared) != 1:
         raise UnknownPtxError(f"{name}: kernels take one struct, this one has {len(declared)} parameters")
-    kernel = Kernel(name, declared[0])
+    kernel = Kernel(name, declared[0], files=files)
     for statement in split_statements(body):
         try:
             translate_statement(kernel, statement)
@@ -387,7 +392,7 @@ def translate(ptx: str, pattern: str = "") -> str:
     """Translate a PTX module.
 
     Args:
-        ptx: As `nvcc -ptx` writes it.
+        ptx: As `nvcc -ptx` writes it; with `-lineinfo`, counted opcodes have "file:line " before them.
         pattern: Regular expression that a kernel's mangled name must contain; others are left out.
 
     Returns:
@@ -397,6 +402,8 @@ def translate(ptx: str, pattern: str = "") -> str:
         UnknownPtxError: Something has no rule, or no kernel matches.
     """
     ptx = re.sub(r"//[^\n]*", "", ptx)
+    files = {number: Path(name).name for number, name in re.findall(r'\.file\s+(\d+)\s+"([^"]+)"', ptx)}
+    ptx = re.sub(r"(\.loc\s+\d+\s+\d+)[^\n]*", r"\1;", ptx)
     sources = []
     for match in re.finditer(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{", ptx):
         if not re.search(pattern, match[1]):
@@ -405,7 +412,8 @@ def translate(ptx: str, pattern: str = "") -> str:
         while depth:
             depth += {"{": 1, "}": -1}.get(ptx[end], 0)
             end += 1
-        sources.append(emit(translate_kernel(match[1], match[2], ptx[match.end() : end - 1]), len(sources)))
+        kernel = translate_kernel(match[1], match[2], ptx[match.end() : end - 1], files)
+        sources.append(emit(kernel, len(sources)))
     if not sources:
         raise UnknownPtxError(f"no kernel matches {pattern!r}")
     head = '#include "ptx_runtime.h"\n\nnamespace cuda_emulator::ptx {\n\n'

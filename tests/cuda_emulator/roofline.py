@@ -12,10 +12,13 @@ stands in for machine instructions here. No time in these tables was measured on
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -95,10 +98,10 @@ def count(module: ModuleType, call: Callable[..., object], *arguments: object, *
     return Work(Counter(module.instruction_counts()))
 
 
-def translated(op: str, pattern: str) -> ModuleType:
-    """A module whose kernels of one op come from PTX of sm_80."""
+def translated(op: str, pattern: str, *, lines: bool = False) -> ModuleType:
+    """A module whose kernels of one op come from PTX of sm_80; `lines`: counted by line of the source."""
     source = CSRC / "kernels" / op / f"{op}_cuda.cu"
-    ptx = translated_object(source, 80, pattern)
+    ptx = translated_object(source, 80, pattern, lines=lines)
     return load_module(build_module(PLAIN, extra_objects=[ptx], name=f"_roofline_{op}"))
 
 
@@ -180,6 +183,13 @@ def pointwise_rows() -> Iterator[str]:
         yield row(f"{what} {inputs}-{outputs} {size}x{size}", moved, eager, work)
 
 
+@contextmanager
+def one_block() -> Iterator[None]:
+    """All paths of a call in one block: as in large calls, few of them enter its list of the best."""
+    with patch.object(import_module("pfnas_fast.ops.path_filter"), "_WANTED_BLOCKS", 1):
+        yield
+
+
 def path_filter_rows() -> Iterator[str]:
     """G paths/s by float64, float32 and instructions; last, what eager torch's bytes allow, scores alone.
 
@@ -192,7 +202,8 @@ def path_filter_rows() -> Iterator[str]:
     scorer = path_filter.small_network(search, widths)
     low, high = path_filter.windows(search)[1]
     ours = path_filter.on_emulator(module, search, scorer)
-    work = count(module, ours.run, num_paths, low, high, seed=0, top_k=32)
+    with one_block():
+        work = count(module, ours.run, num_paths, low, high, seed=0, top_k=32)
     # int64 indices; the first layer's sums written by embedding_bag, then read and written with the offset,
     # the budget and relu, and read; the second layer written, read and written with relu, read; the score.
     eager = slots * 8 + 4 * (widths[0] * 8 + widths[1] * 4 + 1)

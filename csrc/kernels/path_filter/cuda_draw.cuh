@@ -4,6 +4,8 @@
 // and products are separate instructions: a fused one would round differently.
 #pragma once
 
+#include <cmath>
+
 #include "cuda/device.h"
 #include "kernels/path_filter/cuda_params.h"
 #include "kernels/path_search/philox.h"
@@ -53,35 +55,27 @@ PFNAS_DEVICE double draw_between(double low, double high, double u) {
   return below < value ? below : value;
 }
 
-// One resolution's tables. What the parameters hold as one row per block and resolution is found from
-// first_row: fewer pointers to keep in registers.
+// One resolution's tables: where they begin in the joined ones. Every index fits into 32 bits, so an address
+// is one addition and one multiply-add away from the joined table.
 struct WalkView {
-  std::int64_t num_buckets, pad, choice_length;
-  const double *cumulative, *cumulative_down, *after_choice, *after_stop;
-  int resolution, first_row;
+  int resolution, first_row, num_buckets, pad, choice_length;
+  int cumulative, after_choice, after_stop;
 };
 
 PFNAS_DEVICE WalkView view_walk(const PathFilterParams& p, int resolution) {
-  const std::int64_t* fields = p.walks + resolution * kWalkFields;
-  return {fields[0],
-          fields[1],
-          fields[2],
-          p.cumulative + fields[3],
-          p.cumulative_down + fields[3],
-          p.after_choice + fields[4],
-          p.after_stop + fields[5],
-          resolution,
-          resolution * (p.num_slots - 1)};
+  const auto field = [&](int i) { return static_cast<int>(p.walks[resolution * kWalkFields + i]); };
+  return {resolution, resolution * (p.num_slots - 1), field(0), field(1), field(2), field(3), field(4),
+          field(5)};
 }
 
-PFNAS_DEVICE std::int64_t draw_bucket(const WalkView& w, std::int64_t first, std::int64_t end, bool upper,
-                                      double u) {
-  const double* sums = upper ? w.cumulative_down : w.cumulative;
+PFNAS_DEVICE int draw_bucket(const PathFilterParams& p, const WalkView& w, int first, int end, bool upper,
+                             double u) {
+  const double* sums = (upper ? p.cumulative_down : p.cumulative) + w.cumulative;
   const double at = upper ? draw_between(sums[end], sums[first], u) : draw_between(sums[first], sums[end], u);
   // The first place where descending sums are not above `at`, or ascending ones are.
-  std::int64_t low = first, high = end + 1;
+  int low = first, high = end + 1;
   while (low < high) {
-    const std::int64_t middle = low + (high - low) / 2;
+    const int middle = low + (high - low) / 2;
     const bool before = upper ? sums[middle] > at : !(at < sums[middle]);
     if (before) {
       low = middle + 1;
@@ -89,54 +83,101 @@ PFNAS_DEVICE std::int64_t draw_bucket(const WalkView& w, std::int64_t first, std
       high = middle;
     }
   }
-  const std::int64_t bucket = low - 1;
+  const int bucket = low - 1;
   return bucket < first ? first : bucket > end - 1 ? end - 1 : bucket;
 }
 
-// A code for block b with `left` buckets to spend, 0 = stop here.
-PFNAS_DEVICE int draw_choice(const PathFilterParams& p, const WalkView& w, int block, std::int64_t left,
-                             double u) {
-  const int size = p.slot_sizes[block];
-  const double* after = w.after_choice + block * w.choice_length + left + w.pad;
-  const std::int64_t* buckets = p.buckets + (w.first_row + block) * p.num_codes;
-  const double stop = __dmul_rn(p.stop[w.first_row + block], w.after_stop[block * w.num_buckets + left]);
-  const double scale = p.go_on[w.first_row + block];
+// The codes of a block, 1 .. size. What is left to spend after code c has the weight after[at + steps[c -
+// 1]].
+struct ChoiceRow {
+  int size;
+  double scale;
+  const double* after;
+  const std::int32_t* steps;
+  int at;
+};
+
+PFNAS_DEVICE double add_choice(const ChoiceRow& row, int step, double sum) {
+  return __dadd_rn(sum, __dmul_rn(row.scale, row.after[row.at + step]));
+}
+
+// The number of codes whose sums, their own weight included, do not exceed a share u of the total; a code's
+// sum is kept in a register until the total is known.
+PFNAS_DEVICE int choose_from_registers(const ChoiceRow& row, double stop, double u) {
+  double before[kRegisterCodes], total = stop;
+  PFNAS_UNROLL_LOOP
+  for (int first = 0; first < kRegisterCodes; first += 4) {
+    if (first >= row.size) {
+      PFNAS_UNROLL_LOOP
+      for (int i = 0; i < 4; ++i) before[first + i] = INFINITY;
+      continue;
+    }
+    const int4 four = load_vector<int4>(row.steps + first);
+    const int steps[4] = {four.x, four.y, four.z, four.w};
+    if (first + 4 <= row.size) {
+      PFNAS_UNROLL_LOOP
+      for (int i = 0; i < 4; ++i) {
+        before[first + i] = total;
+        total = add_choice(row, steps[i], total);
+      }
+    } else {
+      PFNAS_UNROLL_LOOP
+      for (int i = 0; i < 4; ++i) {
+        before[first + i] = total;
+        if (first + i < row.size) total = add_choice(row, steps[i], total);
+      }
+    }
+  }
+  const double at = draw_between(0.0, total, u);
+  int choice = 0;
+  PFNAS_UNROLL_LOOP
+  for (int i = 0; i < kRegisterCodes; ++i) choice += before[i] <= at ? 1 : 0;
+  return choice < row.size ? choice : row.size;  // more where the total is zero, and so is `at`
+}
+
+// The same for any number of codes: all sums are made twice.
+PFNAS_DEVICE int choose_from_many(const ChoiceRow& row, double stop, double u) {
   double total = stop;
   PFNAS_ROLLED_LOOP
-  for (int code = 1; code <= size; ++code) {
-    total = __dadd_rn(total, __dmul_rn(scale, after[-buckets[code]]));
-  }
+  for (int i = 0; i < row.size; ++i) total = add_choice(row, row.steps[i], total);
   const double at = draw_between(0.0, total, u);
   int choice = 0;
   double sum = stop;
   PFNAS_ROLLED_LOOP
-  for (int code = 0; code < size; ++code) {  // the sums once more: they do not fit into registers
-    if (code > 0) sum = __dadd_rn(sum, __dmul_rn(scale, after[-buckets[code]]));
+  for (int i = 0; i < row.size; ++i) {
     choice += sum <= at ? 1 : 0;
+    sum = add_choice(row, row.steps[i], sum);
   }
   return choice;
 }
 
-// Returns the exact cost in the reported unit.
-PFNAS_DEVICE double walk_path(const PathFilterParams& p, const WalkView& w, std::int64_t left,
-                              DrawStream& stream, std::uint8_t* codes) {
-  const int num_blocks = p.num_slots - 1;
-  PFNAS_ROLLED_LOOP
-  for (int b = 0; b < num_blocks; ++b) codes[b] = 0;
-  for (int stage = 0; stage < p.num_stages; ++stage) {
-    const int end = p.stage_start[stage + 1];
-    for (int b = p.stage_start[stage]; b < end; ++b) {
-      const double u = draw_uniform(stream);
-      const int choice = draw_choice(p, w, b, left, u);
-      if (choice == 0) break;
-      codes[b] = static_cast<std::uint8_t>(choice);
-      left -= p.buckets[(w.first_row + b) * p.num_codes + choice];
-    }
-  }
+// A code for block b with `left` buckets to spend, 0 = stop here; takes its buckets from `left`.
+PFNAS_DEVICE int draw_choice(const PathFilterParams& p, const WalkView& w, int block, int& left, double u) {
+  const int index = w.first_row + block;
+  const ChoiceRow row{p.slot_sizes[block], p.go_on[index], p.after_choice, p.steps + index * p.step_row,
+                      w.after_choice + block * w.choice_length + w.pad + left};
+  const double stop = __dmul_rn(p.stop[index], p.after_stop[w.after_stop + block * w.num_buckets + left]);
+  const int choice = p.num_codes <= kRegisterCodes + 1 ? choose_from_registers(row, stop, u)
+                                                       : choose_from_many(row, stop, u);
+  if (choice > 0) left += row.steps[choice - 1];
+  return choice;
+}
+
+// Returns the exact cost in the reported unit. A block after a stage's end has code 0.
+PFNAS_DEVICE double walk_path(const PathFilterParams& p, const WalkView& w, int left, DrawStream& stream,
+                              std::uint8_t* codes) {
   double sum = p.constant[w.resolution];
+  bool open = false;
   PFNAS_ROLLED_LOOP
-  for (int b = 0; b < num_blocks; ++b) {
-    sum = __dadd_rn(sum, p.table[(w.first_row + b) * p.num_codes + codes[b]]);
+  for (int b = 0; b < p.num_slots - 1; ++b) {
+    open = open || (p.first_blocks >> b & 1u) != 0;
+    int choice = 0;
+    if (open) {
+      choice = draw_choice(p, w, b, left, draw_uniform(stream));
+      open = choice != 0;
+    }
+    codes[b] = static_cast<std::uint8_t>(choice);
+    sum = __dadd_rn(sum, p.table[(w.first_row + b) * p.num_codes + choice]);
   }
   return __ddiv_rn(sum, p.unit);
 }
@@ -155,7 +196,8 @@ PFNAS_DEVICE Drawn draw_path(const PathFilterParams& p, std::int64_t i, std::uin
     codes[p.num_slots - 1] = static_cast<std::uint8_t>(1 + possible[0]);
     while (walks < kMaxFilterWalks) {
       const double u = draw_uniform(stream);
-      const std::int64_t bucket = draw_bucket(w, possible[1], possible[2], possible[3] != 0, u);
+      const int bucket = draw_bucket(p, w, static_cast<int>(possible[1]), static_cast<int>(possible[2]),
+                                     possible[3] != 0, u);
       const double cost = walk_path(p, w, bucket, stream, codes);
       ++walks;
       if (cost >= p.low && cost <= p.high) return {cost, walks};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel of path_filter: a block draws 256 paths at a time, scores them 16 at a time, and keeps the best
-// distinct ones that reach the threshold. Nothing per path leaves the block.
+// The kernel of path_filter: a block draws 256 paths at a time, scores them kPaths at a time, and keeps the
+// best distinct ones that reach the threshold. Nothing per path leaves the block.
 #pragma once
 
 #include "kernels/path_filter/cuda_draw.cuh"
@@ -56,10 +56,12 @@ PFNAS_DEVICE void keep_path(BestPaths& best, int top_k, int num_slots, const std
 
 enum Counter { kWalks, kMissing, kAccepted, kNumCounters };
 
+template <int kPaths>
 __global__ void __launch_bounds__(kFilterThreads, 2) filter_paths(PathFilterParams p) {
   PFNAS_SHARED(std::uint8_t, codes, [kFilterThreads][kCodePitch]);
   PFNAS_SHARED(double, costs, [kFilterThreads]);
-  PFNAS_SHARED(ScoreTile, tile, [1]);
+  PFNAS_SHARED(ScoreTile<kPaths>, tile, [1]);
+  PFNAS_SHARED(float, z, [kFilterThreads]);
   PFNAS_SHARED(float, scores, [kFilterThreads]);
   PFNAS_SHARED(BestPaths, best, [1]);
   PFNAS_SHARED(unsigned, counters, [kNumCounters]);
@@ -81,15 +83,15 @@ __global__ void __launch_bounds__(kFilterThreads, 2) filter_paths(PathFilterPara
     }
     const bool found = drawn.cost == drawn.cost;
     costs[thread] = drawn.cost;
+    z[thread] = normalised_budget(p, drawn.cost);
+    scores[thread] = first_score(p.model, z[thread]);
     if (drawn.walks > 0) atomicAdd(&counters[kWalks], drawn.walks);
     if (real && !found) atomicAdd(&counters[kMissing], 1u);
     __syncthreads();
-    for (int tile_first = 0; tile_first < kFilterThreads; tile_first += kTilePaths) {
+    PFNAS_ROLLED_LOOP
+    for (int tile_first = 0; tile_first < kFilterThreads; tile_first += kPaths) {
       if (first + tile_first >= end) break;
-      score_tile(p, tile_first, codes, costs, tile[0]);
-      // By the thread that wrote it and will write the next one: no barrier is needed.
-      const int path = thread / kPathLanes;
-      if (thread % kPathLanes == 0) scores[tile_first + path] = tile[0].scores[path];
+      score_tile(p, tile_first, codes, z, scores, tile[0]);
     }
     __syncthreads();
     const bool accepted = found && scores[thread] >= p.threshold;

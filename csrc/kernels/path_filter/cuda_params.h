@@ -12,6 +12,8 @@
 namespace pfnas::cuda {
 
 constexpr int kFilterThreads = 256;  // paths that a block draws at a time
+constexpr int kHiddenFloats = 6400;  // two layers of a tile: 32 paths of 128 and 64 columns, or 16 of any
+constexpr int kRegisterCodes = 12;   // of a block, at most, for its sums to be kept in registers
 constexpr int kFilterSlots = 32;     // of a path, at most
 constexpr int kFilterHidden = 192;   // columns of a network's layers, at most
 constexpr int kFilterBest = 32;      // paths kept per block, at most
@@ -22,12 +24,11 @@ constexpr int kCountFields = 4;
 struct PathFilterParams {
   // The space and its cost, see path_search/params.h
   int num_slots = 0;
-  int num_stages = 0;
   int num_codes = 0;
-  const std::int32_t* stage_start = nullptr;  // [num_stages + 1]
-  const std::int32_t* slot_sizes = nullptr;   // [num_slots]
-  const double* table = nullptr;              // [resolutions][num_slots - 1][num_codes]
-  const double* constant = nullptr;           // [resolutions]
+  std::uint32_t first_blocks = 0;            // bit b: block b begins a stage
+  const std::int32_t* slot_sizes = nullptr;  // [num_slots]
+  const double* table = nullptr;             // [resolutions][num_slots - 1][num_codes]
+  const double* constant = nullptr;          // [resolutions]
   double unit = 1;
 
   // Walk tables of all resolutions, one after the other
@@ -37,9 +38,11 @@ struct PathFilterParams {
   const double* cumulative_down = nullptr;
   const double* after_choice = nullptr;
   const double* after_stop = nullptr;
-  const std::int64_t* buckets = nullptr;  // [resolutions][num_slots - 1][num_codes]
-  const double* stop = nullptr;           // [resolutions][num_slots - 1]
-  const double* go_on = nullptr;          // [resolutions][num_slots - 1]
+  int step_row = 0;                     // num_codes - 1, rounded up to 4
+  const std::int32_t* steps = nullptr;  // [resolutions][num_slots - 1][step_row]: what codes 1, 2, .. add to
+                                        // the buckets left, 0 at most
+  const double* stop = nullptr;         // [resolutions][num_slots - 1]
+  const double* go_on = nullptr;        // [resolutions][num_slots - 1]
 
   // The window: resolutions that may have a path in it, and their buckets
   int num_possible = 0;
@@ -54,6 +57,7 @@ struct PathFilterParams {
   std::int64_t paths_per_block = 0;
 
   PathScoreModel model;
+  int even_pitch = 0, odd_pitch = 0;   // floats from path to path of the hidden layers 0, 2 and 1, 3
   double log_mean = 0, log_scale = 1;  // z = (log cost - mean) / scale
   float threshold = 0;                 // lowest score accepted
   int top_k = 0;

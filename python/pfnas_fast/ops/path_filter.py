@@ -143,7 +143,12 @@ class CudaPathFilter:
             most = module.path_filter_max_hidden
             raise InputError(f"path_filter: expected hidden layers of at most {most}, got {widest}")
         ranker["score_table"] = ranker.pop("table")
-        fields = {**ranker, **search.fields, **_joined(self._walks)}
+        joined = _joined(self._walks)
+        if max(t.numel() for t in (ranker["score_table"], *joined.values())) >= 2**31:
+            raise InputError("path_filter: expected tables of fewer than 2^31 numbers")
+        fields = {**ranker, **search.fields, **joined}
+        # One bit per block that begins a stage.
+        fields["first_blocks"] = sum(1 << first for first in search.fields["stage_start"][:-1].tolist())
         self._fields = {name: self._there(value) for name, value in fields.items()}
         self._fields |= {"log_mean": scorer.log_mean, "log_scale": scorer.log_scale}
 
@@ -245,7 +250,9 @@ def _joined(walks: list[dict[str, Any]]) -> dict[str, Tensor]:
         name: torch.cat([w[name].flatten() for w in walks])
         for name in ("cumulative", "cumulative_down", "after_choice", "after_stop")
     }
-    stacked = {name: torch.stack([w[name] for w in walks]) for name in ("buckets", "stop", "go_on")}
+    stacked = {name: torch.stack([w[name] for w in walks]) for name in ("stop", "go_on")}
+    steps = -torch.stack([w["buckets"][:, 1:] for w in walks]).to(torch.int32)  # of codes 1, 2, ..
+    stacked["steps"] = torch.nn.functional.pad(steps, (0, -steps.shape[2] % 4))
     return {**joined, **stacked, "walks": torch.tensor(rows, dtype=torch.int64)}
 
 
