@@ -132,6 +132,19 @@ py::dict plan(std::int64_t batch, std::int64_t channels, std::int64_t height, st
   return result;
 }
 
+// How the gradient of the filter is cut, for tests of its traffic.
+py::dict filter_plan(const std::array<std::int64_t, 4>& x_shape, int kernel_size, int stride) {
+  Params p;
+  set_sizes(p, {x_shape[0], x_shape[1], x_shape[2], x_shape[3]}, kernel_size, kernel_size, stride);
+  const cuda::FilterPlan plan = cuda::plan_filter_gradient(p);
+  py::dict result;
+  result["pairs"] = plan.pairs;
+  result["chunks"] = plan.chunks;
+  result["splits"] = plan.splits;
+  result["rows_per_split"] = plan.rows_per_split;
+  return result;
+}
+
 }  // namespace
 
 void register_dynamic_depthwise_conv_cuda(py::module_& m) {
@@ -139,6 +152,7 @@ void register_dynamic_depthwise_conv_cuda(py::module_& m) {
   m.def("dynamic_depthwise_conv_cuda_backward", &backward);
   m.def("dynamic_depthwise_conv_cuda_workspace", &workspace);
   m.def("dynamic_depthwise_conv_cuda_plan", &plan);
+  m.def("dynamic_depthwise_conv_cuda_filter_plan", &filter_plan);
 }
 
 }  // namespace pfnas

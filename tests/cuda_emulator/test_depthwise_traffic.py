@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory traffic of dynamic_depthwise_conv's CUDA kernels: races, bytes, coalescing, bank conflicts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
 from emulated_ops import emulated_ops
 from test_depthwise import Call, inputs
 from torch import Tensor
-from traces import Trace, trace
+from traces import SECTOR, Trace, sectors_of, tiles, trace
 
-SECTOR = 32
 CALLS = [
     Call(1, 24, 28, 28, 5, 1, dtype=torch.bfloat16),
     Call(1, 40, 20, 20, 3, 1, dtype=torch.bfloat16),
@@ -88,35 +88,93 @@ def backward(module: ModuleType, call: Call) -> Trace:
     )
 
 
-def predicted_block_reads(module: ModuleType, call: Call) -> int:
-    """Sectors of x in the receptive field of each block's outputs, summed over blocks."""
-    height, width = -(-call.h // call.stride), -(-call.w // call.stride)
-    plan = module.dynamic_depthwise_conv_cuda_plan(call.n, call.c, height, width, 1)
-    item = torch.empty(0, dtype=call.dtype).element_size()
-    half, strip_width = call.kernel_size // 2, 4
+class Map(NamedTuple):
+    """Height and width."""
+
+    height: int
+    width: int
+
+
+Reach = Callable[[int, int], tuple[int, int]]  # first and last output position -> of the inputs they need
+
+
+def convolve_block_reads(
+    module: ModuleType, call: Call, source: Map, target: Map, step: int, reach: Reach
+) -> int:
+    """Sectors of the source in the receptive field of each block's part of the target, summed over blocks."""
+    plan = module.dynamic_depthwise_conv_cuda_plan(call.n, call.c, target.height, target.width, step)
+    strip_width = 4
     num_strips = call.n * plan["bands"] * plan["strips_per_row"]
     total = 0
-    for first in range(0, num_strips, plan["strips"]):
+    for strips in tiles(num_strips, plan["strips"]):
         pixels = set()
-        for strip in range(first, min(first + plan["strips"], num_strips)):
+        for strip in strips:
             band, column = divmod(strip, plan["strips_per_row"])
             image, band = divmod(band, plan["bands"])
-            top = band * plan["band_rows"] * call.stride - half
-            bottom = (min((band + 1) * plan["band_rows"], height) - 1) * call.stride + half
-            left = column * strip_width * call.stride - half
-            right = left + (strip_width - 1) * call.stride + call.kernel_size - 1
-            for row in range(max(0, top), min(call.h - 1, bottom) + 1):
-                for pixel in range(max(0, left), min(call.w - 1, right) + 1):
-                    pixels.add((image * call.h + row) * call.w + pixel)
-        for chunk in range(plan["chunks"]):
-            channels = range(2 * chunk * plan["pairs"], min(call.c, 2 * (chunk + 1) * plan["pairs"]))
-            sectors = set()
-            for pixel in pixels:
-                begin = (pixel * call.c + channels[0]) * item
-                end = (pixel * call.c + channels[-1]) * item + item - 1
-                sectors.update(range(begin // SECTOR, end // SECTOR + 1))
-            total += len(sectors)
+            end = min((band + 1) * plan["band_rows"], target.height)
+            top, bottom = reach(band * plan["band_rows"], end - 1)
+            left, right = reach(column * strip_width, (column + 1) * strip_width - 1)
+            for row in range(max(0, top), min(source.height - 1, bottom) + 1):
+                first = (image * source.height + row) * source.width
+                pixels.update(range(first + max(0, left), first + min(source.width - 1, right) + 1))
+        total += sum(
+            sectors_of(pixels, channels, row=call.c, item=item_of(call))
+            for channels in tiles(call.c, 2 * plan["pairs"])
+        )
     return total
+
+
+def forward_block_reads(module: ModuleType, call: Call) -> int:
+    """Of x."""
+    half = call.kernel_size // 2
+    return convolve_block_reads(
+        module, call, *maps(call), 1, lambda a, b: (a * call.stride - half, b * call.stride + half)
+    )
+
+
+def input_gradient_block_reads(module: ModuleType, call: Call) -> int:
+    """Of grad_y: input position i has a part in the outputs o with |i - stride * o| <= kernel_size / 2."""
+    half = call.kernel_size // 2
+    return convolve_block_reads(
+        module,
+        call,
+        *reversed(maps(call)),
+        call.stride,
+        lambda a, b: (-(-(a - half) // call.stride), (b + half) // call.stride),
+    )
+
+
+def filter_gradient_block_reads(module: ModuleType, call: Call) -> tuple[int, int]:
+    """Of x and grad_y: whole rows of grad_y, dealt to blocks, and the rows of x that their taps meet."""
+    plan = module.dynamic_depthwise_conv_cuda_filter_plan(
+        (call.n, call.c, call.h, call.w), call.kernel_size, call.stride
+    )
+    x, y = maps(call)
+    half = call.kernel_size // 2
+    total_x = total_y = 0
+    for rows in tiles(call.n * y.height, plan["rows_per_split"]):
+        in_rows = set()
+        for row in rows:
+            image, out_row = divmod(row, y.height)
+            reached = range(out_row * call.stride - half, out_row * call.stride + half + 1)
+            in_rows.update(image * x.height + r for r in reached if 0 <= r < x.height)
+        for channels in tiles(call.c, 2 * plan["pairs"]):
+            for count_of, some, width in (("x", in_rows, x.width), ("y", rows, y.width)):
+                pixels = (row * width + column for row in some for column in range(width))
+                count = sectors_of(pixels, channels, row=call.c, item=item_of(call))
+                total_x, total_y = (
+                    (total_x + count, total_y) if count_of == "x" else (total_x, total_y + count)
+                )
+    return total_x, total_y
+
+
+def item_of(call: Call) -> int:
+    return torch.empty(0, dtype=call.dtype).element_size()
+
+
+def maps(call: Call) -> tuple[Map, Map]:
+    """Of x and y."""
+    return Map(call.h, call.w), Map(-(-call.h // call.stride), -(-call.w // call.stride))
 
 
 def minimum(*tensor_sizes: int, item: int) -> float:
@@ -132,7 +190,7 @@ def test_forward_traffic(call: Call, watched: ModuleType) -> None:
     out = -(-call.h // call.stride) * -(-call.w // call.stride) * call.n * call.c
     least = minimum(call.n * call.c * call.h * call.w, out, item=item)
     assert x.read_footprint + y.write_footprint <= 1.15 * least + 2
-    predicted = predicted_block_reads(watched, call)
+    predicted = forward_block_reads(watched, call)
     assert predicted * 0.9 <= x.block_reads <= predicted * 1.1
     assert y.block_writes <= 1.1 * minimum(out, item=item) + 2 * 64
     assert found.conflicts() == 1
@@ -149,7 +207,13 @@ def test_backward_traffic(call: Call, watched: ModuleType) -> None:
     item = torch.empty(0, dtype=call.dtype).element_size()
     size = call.n * call.c * call.h * call.w
     out = -(-call.h // call.stride) * -(-call.w // call.stride) * call.n * call.c
-    assert found.buffers["x"].read_footprint <= 1.15 * minimum(size, item=item) + 2
-    assert found.buffers["grad_y"].read_footprint <= 1.15 * minimum(out, item=item) + 2
-    assert found.buffers["grad_x"].write_footprint <= 1.15 * minimum(size, item=item) + 2
+    x, grad_y, grad_x = (found.buffers[name] for name in ("x", "grad_y", "grad_x"))
+    assert x.read_footprint <= 1.15 * minimum(size, item=item) + 2
+    assert grad_y.read_footprint <= 1.15 * minimum(out, item=item) + 2
+    assert grad_x.write_footprint <= 1.15 * minimum(size, item=item) + 2
+    predicted_x, predicted_grad_y = filter_gradient_block_reads(watched, call)
+    predicted_grad_y += input_gradient_block_reads(watched, call)
+    assert predicted_x * 0.9 <= x.block_reads <= predicted_x * 1.1
+    assert predicted_grad_y * 0.9 <= grad_y.block_reads <= predicted_grad_y * 1.1
+    assert grad_x.block_writes <= 1.1 * minimum(size, item=item) + 2 * 64
     assert found.conflicts() <= 1.01  # the fold of the filter gradient, where C / 2 is not a multiple of 16

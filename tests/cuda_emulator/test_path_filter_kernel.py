@@ -19,17 +19,27 @@ from pfnas_fast.ops import (
     RankerTables,
     SearchSpace,
     path_filter,
-    path_score,
+    reference,
 )
 from pfnas_fast.ops.path_filter import CudaPathFilter
-from pfnas_fast.space import AdditiveCost, BudgetSampler, CostModel, load_space
+from pfnas_fast.space import AdditiveCost, BudgetSampler, CostModel, Space, load_space
 
 SOURCE = CSRC / "kernels" / "path_filter" / "path_filter_cuda.cu"
 
 
+def description(preset: str) -> Space:
+    """A preset; "many": the tiny space with more codes per block than the kernel keeps in registers."""
+    if preset != "many":
+        return load_space(preset)
+    fields = load_space("tiny").to_dict()
+    for stage in fields["stages"]:
+        stage["expand_ratios"] = [2, 3, 4, 5, 6]
+    return Space.from_dict(fields)
+
+
 @cache
 def space(preset: str) -> SearchSpace:
-    model = CostModel(load_space(preset), num_classes=3)
+    model = CostModel(description(preset), num_classes=3)
     search = SearchSpace(model.space, AdditiveCost.macs(model))
     sampler = BudgetSampler(model)
     search.use_walks([sampler.walker(resolution) for resolution in model.space.resolutions])
@@ -45,7 +55,10 @@ def windows(search: SearchSpace) -> list[tuple[float, float]]:
 
 
 def ranker(search: SearchSpace, kind: str) -> BudgetRanker:
-    """Random tables; "full" has every part that the formula of a score knows."""
+    """Random tables; "full" has every part that the formula of a score knows, "wide" layers for the kernel of
+    16 paths at a time."""
+    if kind == "wide":
+        return small_network(search, (160, 130))
     g = torch.Generator().manual_seed(7)
     slots, codes = search.space.num_slots, search.cost.table.shape[2]
     rows = slots * codes
@@ -97,14 +110,15 @@ def on_emulator(module: ModuleType, search: SearchSpace, scorer: BudgetRanker) -
     return CudaPathFilter(search, scorer, device=torch.device("cpu"), module=module)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "ofa_mbv3_w1.0"])
-def test_draws_are_the_engines_to_the_bit(preset: str, plain: ModuleType) -> None:
+@pytest.mark.parametrize("preset", ["tiny", "ofa_mbv3_w1.0", "many"])
+def test_draws_are_the_engines_to_the_bit(preset: str, ordered: ModuleType, seed: int) -> None:
     """Philox words, double arithmetic and all: codes, costs, and the number of walks."""
     search = space(preset)
-    ours = on_emulator(plain, search, ranker(search, "plain"))
-    for seed, (low, high) in enumerate(windows(search)):
-        found, codes, scores = ours.run(600, low, high, seed=seed + 2**40, top_k=8, everything=True)
-        expected, missing = search.draw(600, low, high, seed=seed + 2**40)
+    ours = on_emulator(ordered, search, ranker(search, "plain"))
+    for index, (low, high) in enumerate(windows(search)):
+        of_window = 2**40 * seed + index
+        found, codes, scores = ours.run(600, low, high, seed=of_window, top_k=8, everything=True)
+        expected, missing = search.draw(600, low, high, seed=of_window)
         assert missing == 0
         assert np.array_equal(codes, expected)
         assert found.acceptance == 600 / search.num_drawn
@@ -112,19 +126,25 @@ def test_draws_are_the_engines_to_the_bit(preset: str, plain: ModuleType) -> Non
         assert np.array_equal(found.costs, search.cost.of(found.codes))
 
 
-@pytest.mark.parametrize("kind", ["plain", "full"])
-def test_scores(kind: str, plain: ModuleType) -> None:
-    """Against float64 and against the CPU's kernels, which sum in another order."""
+@pytest.mark.parametrize("kind", ["plain", "full", "wide"])
+def test_scores(kind: str, ordered: ModuleType, seed: int) -> None:
+    """Against the float64 twin; the same bits in every order of threads."""
     search = space("tiny")
     scorer = ranker(search, kind)
     low, high = windows(search)[0]
-    _, codes, scores = on_emulator(plain, search, scorer).run(
-        300, low, high, seed=1, top_k=1, everything=True
+    ours = on_emulator(ordered, search, scorer)
+    _, codes, scores = ours.run(300, low, high, seed=seed, top_k=1, everything=True)
+    z = torch.from_numpy(
+        ((np.log(search.cost.of(codes)) - scorer.log_mean) / scorer.log_scale).astype(np.float32)
     )
-    z = torch.from_numpy(((np.log(search.cost.of(codes)) - 2.0) / 0.7).astype(np.float32))
-    expected = path_score(scorer.ranker, codes, z if kind == "full" else None).double().numpy()
+    tables = scorer.ranker.tables
+    expected = reference.path_score(tables, torch.from_numpy(codes), None if kind == "plain" else z)[
+        0
+    ].numpy()
     assert np.abs(scores - expected).max() <= 2e-5 * max(1.0, np.abs(expected).max())
     assert np.abs(expected).max() > 0.1
+    ordered.set_order("forward")
+    assert np.array_equal(scores, ours.run(300, low, high, seed=seed, top_k=1, everything=True)[2])
 
 
 def best_of(codes: np.ndarray, scores: np.ndarray, threshold: float, k: int) -> list[tuple[float, bytes]]:
@@ -200,13 +220,14 @@ def test_translated_ptx(architecture: int, plain: ModuleType, nvcc: str) -> None
 
     ptx = translated_object(SOURCE, architecture)
     module = load_module(build_module(PLAIN, extra_objects=[ptx], name=f"_filter_sm{architecture}"))
-    for preset in ("tiny", "ofa_mbv3_w1.0"):
+    for preset, kind in (("tiny", "wide"), ("ofa_mbv3_w1.0", "full"), ("many", "full")):
         search = space(preset)
-        scorer = ranker(search, "full")
+        scorer = ranker(search, kind)
         for low, high in windows(search):
             a = on_emulator(plain, search, scorer).run(300, low, high, seed=5, top_k=8, everything=True)
             b = on_emulator(module, search, scorer).run(300, low, high, seed=5, top_k=8, everything=True)
             assert np.array_equal(a[1], b[1])
             assert np.array_equal(a[2], b[2])
             assert np.array_equal(a[0].codes, b[0].codes)
-    assert any("filter_paths" in name for name in module.translated_kernels())
+    ran = {name for name in module.translated_kernels() if "filter_paths" in name}
+    assert len(ran) == 2  # 32 and 16 paths at a time

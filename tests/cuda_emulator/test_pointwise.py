@@ -12,7 +12,7 @@ import torch
 from emulated_ops import emulated_ops
 from emulator_build import CSRC, PLAIN, build_module, load_module
 from torch import Tensor
-from traces import trace
+from traces import SECTOR, sectors_of, tiles, trace
 
 from pfnas_fast.ops import pack_pointwise_weight, reference
 
@@ -150,15 +150,24 @@ def test_traffic(call: Call, traced: ModuleType) -> None:
     )
     assert found.clean, (found.races, found.out_of_bounds)
     assert found.conflicts() == 1
-    item, sector = y.element_size(), 32
+    item = y.element_size()
     pixels = call.n * call.h * call.w
-    least = [math.ceil(pixels * channels * item / sector) for channels in (call.c, call.out)]
-    tiles = -(-call.out // 96)
-    edges = -(-pixels // 128) * tiles  # a tile's rows may begin and end inside a sector
-    x, out = found.buffers["x"], found.buffers["y"]
+    least = [math.ceil(pixels * channels * item / SECTOR) for channels in (call.c, call.out)]
+    x, out, residual = (found.buffers[name] for name in ("x", "y", "residual"))
     assert x.read_footprint + out.write_footprint <= 1.15 * sum(least)
-    assert x.block_reads <= 1.1 * least[0] * tiles + 2 * edges
-    assert out.block_writes <= 1.1 * least[1] + pixels * tiles
+    # A block has 128 pixels and 96 outputs: it needs all inputs of its pixels, and 96 columns of panels.
+    of_x = of_y = 0
+    for some in tiles(pixels, 128):
+        for outputs in tiles(call.out, 96):
+            of_x += sectors_of(some, range(call.c), row=call.c, item=item)
+            of_y += sectors_of(some, outputs, row=call.out, item=item)
+    assert 0.9 * of_x <= x.block_reads <= 1.1 * of_x
+    assert 0.9 * of_y <= out.block_writes <= 1.1 * of_y
+    assert 0.9 * of_y <= residual.block_reads <= 1.1 * of_y
+    panels = found.buffers["panels"]
+    columns = math.ceil(call.out / 48) * 48
+    assert panels.read_footprint <= 1.15 * columns * call.c * item / SECTOR
+    assert panels.block_reads <= 1.1 * math.ceil(pixels / 128) * columns * call.c * item / SECTOR
     loads, stores = PINNED[call.out]
     assert found.useful_share("load") >= loads
     assert found.useful_share("store") >= stores

@@ -10,12 +10,11 @@ import pytest
 import torch
 from emulated_ops import ORDERS, SEEDS, emulated_ops
 from torch import Tensor
-from traces import Trace, trace
+from traces import SECTOR, Trace, sectors_of, tiles, trace
 
 from pfnas_fast.ops import pack_pointwise_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SECTOR = 32
 names = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
@@ -256,12 +255,21 @@ def test_traffic(call: Call, traced: ModuleType) -> None:
     assert use["x"].read_footprint <= 1.15 * x
     assert use["grad_y"].read_footprint <= 1.15 * grad_y
     assert use["grad_x"].write_footprint <= 1.15 * x
-    # grad_y is read for grad_x (96 inputs a tile) and for the panels' gradient (64 inputs a tile), x for the
-    # latter (96 outputs a tile). A row of pixels may begin inside a sector.
-    edges = 2 * pixels
-    assert use["grad_y"].block_reads <= 1.1 * grad_y * (-(-call.c // 96) + -(-call.c // 64)) + edges
-    assert use["x"].block_reads <= 1.1 * x * -(-call.out // 96) + edges
-    assert use["grad_x"].block_writes <= 1.1 * x + edges
+    # For grad_x a block has 128 pixels and 96 inputs and needs all outputs of its pixels; for the gradient of
+    # the panels 512 pixels, 64 inputs and 96 outputs.
+    of_x = of_grad_y = of_grad_x = 0
+    for some in tiles(pixels, 128):
+        for inputs_of in tiles(call.c, 96):
+            of_grad_y += sectors_of(some, range(call.out), row=call.out, item=item)
+            of_grad_x += sectors_of(some, inputs_of, row=call.c, item=item)
+    for some in tiles(pixels, 512):
+        for inputs_of in tiles(call.c, 64):
+            for outputs in tiles(call.out, 96):
+                of_x += sectors_of(some, inputs_of, row=call.c, item=item)
+                of_grad_y += sectors_of(some, outputs, row=call.out, item=item)
+    assert 0.9 * of_grad_y <= use["grad_y"].block_reads <= 1.1 * of_grad_y
+    assert 0.9 * of_x <= use["x"].block_reads <= 1.1 * of_x
+    assert 0.9 * of_grad_x <= use["grad_x"].block_writes <= 1.1 * of_grad_x
     assert use["workspace"].block_writes <= 1.1 * floats * 4 / SECTOR
 
 

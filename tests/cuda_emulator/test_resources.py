@@ -32,14 +32,14 @@ PINNED = {
     r"panel_gradient_tensor_coreI": (120, 20480),
     r"fold_panelsI": (64, 1024),
     r"fold_moments": (64, 3072),
-    r"filter_paths": (128, 41472),
+    r"filter_pathsILi(16|32)E": (120, 45568),
     r"derive_filterI": (64, 1088),
     r"filter_backwardI": (64, 3456),
     r"matrix_backwardI": (64, 0),
     r"fold_splits": (64, 1024),
 }
 
-# Fewer than two blocks are right here: 41 KB of codes and hidden layers in an sm_75's 64 KB; eight warps
+# Fewer than two blocks are right here: 45 KB of codes and hidden layers in an sm_75's 64 KB; eight warps
 # still take turns, and a smaller tile would read the weights more often.
 ONE_BLOCK = (("filter_paths", 75),)
 

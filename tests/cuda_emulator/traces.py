@@ -2,9 +2,33 @@
 """What the access tracer saw in one or more launches."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+SECTOR = 32  # bytes
+
+
+def sectors_of(pixels: Iterable[int], channels: range, *, row: int, item: int) -> int:
+    """Sectors of some channels of some pixels of a channels_last tensor: what a block must touch.
+
+    Args:
+        pixels: Numbers of pixels.
+        channels: Neighbouring ones.
+        row: Channels of the tensor.
+        item: Bytes of a number.
+    """
+    sectors: set[int] = set()
+    for pixel in pixels:
+        begin = (pixel * row + channels.start) * item
+        end = (pixel * row + channels.stop) * item - 1
+        sectors.update(range(begin // SECTOR, end // SECTOR + 1))
+    return len(sectors)
+
+
+def tiles(count: int, size: int) -> list[range]:
+    """0 .. count - 1 in parts of a size, the last one perhaps smaller."""
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 @dataclass(frozen=True)
