@@ -60,15 +60,14 @@ def translated_object(source: Path, architecture: int, pattern: str = "", *, lin
     )
 
 
+def cubin_command(source: Path, architecture: int) -> tuple[str, ...]:
+    """Compiles to machine code and reports resources; source and output are still to be named."""
+    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    return ("nvcc", *FLAGS, f"-I{source.parent}", target, "-cubin", "-Xptxas=-v")
+
+
 def _cubin_and_log(source: Path, architecture: int) -> tuple[Path, Path]:
-    arguments = (
-        "nvcc",
-        *FLAGS,
-        f"-I{source.parent}",
-        f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
-        "-cubin",
-        "-Xptxas=-v",
-    )
+    arguments = cubin_command(source, architecture)
     log, exists = _cached(source, arguments, f".sm_{architecture}.log")
     cubin = log.with_suffix(".cubin")
     if not exists:
@@ -115,7 +114,11 @@ def disassemble(source: Path, architecture: int) -> dict[str, set[str]]:
 @cache
 def resources(source: Path, architecture: int) -> dict[str, Resources]:
     """Registers, shared memory and spills of every kernel of a file, by mangled name."""
-    log = _cubin_and_log(source, architecture)[1]
+    return parse_resources(_cubin_and_log(source, architecture)[1].read_text())
+
+
+def parse_resources(log: str) -> dict[str, Resources]:
+    """The same from what ptxas has printed."""
     found = {}
     entry = re.compile(
         r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores,"
@@ -123,7 +126,7 @@ def resources(source: Path, architecture: int) -> dict[str, Resources]:
         r".*?Used (\d+) registers([^\n]*)",
         flags=re.DOTALL,
     )
-    for name, stack, stores, loads, registers, rest in entry.findall(log.read_text()):
+    for name, stack, stores, loads, registers, rest in entry.findall(log):
         shared = re.search(r"(\d+) bytes smem", rest)
         shared_bytes = int(shared[1]) if shared else 0
         found[name] = Resources(int(registers), shared_bytes, int(stores) + int(loads), int(stack))
