@@ -6,6 +6,7 @@
 
 #include "common/simd.h"
 #include "kernels/dynamic_depthwise_conv/filter.h"  // kBlock, kVecsPerBlock
+#include "kernels/train_mbconv/tile_ahead.h"
 
 namespace pfnas::PFNAS_TIER {
 
@@ -59,7 +60,8 @@ static PFNAS_INLINE void multiply_chunk(Vec (&sums)[kRows][kBlocks * kVecsPerBlo
 
 template <int kRows, int kBlocks, int kRowStep, Start kStart>
 static inline void multiply_tile(const LeftMatrix& a, std::int64_t i, const RightMatrix& b,
-                                 const OutMatrix& c, bool ragged, std::int64_t depth) {
+                                 const OutMatrix& c, bool ragged, std::int64_t depth, TileAhead* ahead) {
+  if (ahead != nullptr) ahead->fetch(kRows * kBlocks * depth);
   constexpr int kVecs = kBlocks * kVecsPerBlock;
   Vec sums[kRows][kVecs] = {};
   float* out = c.data + i * c.row;
@@ -112,29 +114,35 @@ constexpr int kMaxTileBlocks = kNumRegisters >= 32 && kVecsPerBlock == 1 ? 3 : 1
 
 template <int kBlocks, int kRowStep, Start kStart>
 static inline void multiply_panel(std::int64_t rows, const LeftMatrix& a, const RightMatrix& b,
-                                  const OutMatrix& c, bool ragged, std::int64_t depth) {
+                                  const OutMatrix& c, bool ragged, std::int64_t depth, TileAhead* ahead) {
   constexpr int kRows = tile_rows(kBlocks);
   std::int64_t i = 0;
   for (; i + kRows <= rows; i += kRows) {
-    multiply_tile<kRows, kBlocks, kRowStep, kStart>(a, i, b, c, ragged, depth);
+    multiply_tile<kRows, kBlocks, kRowStep, kStart>(a, i, b, c, ragged, depth, ahead);
   }
   if constexpr (kRows > 8) {
-    for (; i + 8 <= rows; i += 8) multiply_tile<8, kBlocks, kRowStep, kStart>(a, i, b, c, ragged, depth);
+    for (; i + 8 <= rows; i += 8) {
+      multiply_tile<8, kBlocks, kRowStep, kStart>(a, i, b, c, ragged, depth, ahead);
+    }
   }
   if constexpr (kRows > 4) {
-    for (; i + 4 <= rows; i += 4) multiply_tile<4, kBlocks, kRowStep, kStart>(a, i, b, c, ragged, depth);
+    for (; i + 4 <= rows; i += 4) {
+      multiply_tile<4, kBlocks, kRowStep, kStart>(a, i, b, c, ragged, depth, ahead);
+    }
   }
   if constexpr (kRows > 2) {
-    for (; i + 2 <= rows; i += 2) multiply_tile<2, kBlocks, kRowStep, kStart>(a, i, b, c, ragged, depth);
+    for (; i + 2 <= rows; i += 2) {
+      multiply_tile<2, kBlocks, kRowStep, kStart>(a, i, b, c, ragged, depth, ahead);
+    }
   }
-  for (; i < rows; ++i) multiply_tile<1, kBlocks, kRowStep, kStart>(a, i, b, c, ragged, depth);
+  for (; i < rows; ++i) multiply_tile<1, kBlocks, kRowStep, kStart>(a, i, b, c, ragged, depth, ahead);
 }
 
 // C, [rows][blocks * 16] = A, [rows][depth] x B, [depth][blocks * 16]. kRowStep: a.row where it is known,
-// else 0.
+// else 0. `ahead`: what is fetched meanwhile, or null.
 template <int kRowStep, Start kStart>
 void multiply_blocks(std::int64_t rows, std::int64_t blocks, std::int64_t depth, const LeftMatrix& a,
-                     RightMatrix b, OutMatrix c) {
+                     RightMatrix b, OutMatrix c, TileAhead* ahead = nullptr) {
   while (blocks > 0) {
     // 4 = 2 + 2: a panel of one block is bound by its loads.
     const std::int64_t take = kMaxTileBlocks < 3 ? 1
@@ -142,10 +150,10 @@ void multiply_blocks(std::int64_t rows, std::int64_t blocks, std::int64_t depth,
                                                  : min_of<std::int64_t>(blocks, kMaxTileBlocks);
     const bool ragged = take == blocks;
     if constexpr (kMaxTileBlocks >= 3) {
-      if (take == 3) multiply_panel<3, kRowStep, kStart>(rows, a, b, c, ragged, depth);
-      if (take == 2) multiply_panel<2, kRowStep, kStart>(rows, a, b, c, ragged, depth);
+      if (take == 3) multiply_panel<3, kRowStep, kStart>(rows, a, b, c, ragged, depth, ahead);
+      if (take == 2) multiply_panel<2, kRowStep, kStart>(rows, a, b, c, ragged, depth, ahead);
     }
-    if (take == 1) multiply_panel<1, kRowStep, kStart>(rows, a, b, c, ragged, depth);
+    if (take == 1) multiply_panel<1, kRowStep, kStart>(rows, a, b, c, ragged, depth, ahead);
     b.data += take * b.block;
     c.data += take * c.block;
     blocks -= take;

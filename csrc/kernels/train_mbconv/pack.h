@@ -23,6 +23,34 @@ static inline ConvJob block_job(float* block, std::int64_t height, std::int64_t 
   return job;
 }
 
+// What the step after `now` touches of a tensor in blocks, [blocks][N, height, width][16], in terms of the
+// rows that `now` works on (see look_ahead).
+static inline Ahead look_ahead_in_blocks(const float* data, std::int64_t batch, std::int64_t height,
+                                         std::int64_t width, const Step& now, const Step& next,
+                                         std::int64_t stride, std::int64_t halo) {
+  Ahead ahead;
+  const std::int64_t shift = (next.begin - now.begin) * stride + (next.begin > 0 ? halo : 0);
+  ahead.col_stride = kBlock;
+  ahead.row_stride = width * kBlock;
+  ahead.image_stride = height * ahead.row_stride;
+  ahead.base = data + (next.block * batch + next.image) * ahead.image_stride + shift * ahead.row_stride;
+  ahead.last_row = height - 1 - shift;
+  return ahead;
+}
+
+// Whether a depthwise stage fetches ahead. Its slabs are one stream per tensor, which the hardware fetches by
+// itself; only long arithmetic between two bursts of packing leaves the memory idle (docs/kernels.md).
+static inline bool depthwise_fetches_ahead(const TrainMBConvParams& p, bool backward) {
+  return p.kernel_size > 3 || (!backward && p.stride == 1);
+}
+
+// The step that most likely follows on this thread; the last one follows itself.
+static inline Step step_after(const Cut& cut, std::int64_t item, const Step& now) {
+  const Step next = cut.next(item, now);
+  if (!cut.done(item, next)) return next;
+  return item + 1 < cut.num_items() ? cut.first(item + 1) : now;
+}
+
 // Calls row(source row, target row) for rows [begin, end) of `count` images of one block, [N, height,
 // width][16].
 template <class Row>

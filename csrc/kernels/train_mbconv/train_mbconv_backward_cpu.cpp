@@ -112,13 +112,19 @@ void project_backward(const Params& p, const Workspace& w) {
       dispatch_activation(p.activation[kProjectStage], [&](auto tag) {
         grad_projected_tile<decltype(tag)::value>(p, w, first, rows, grad_projected);
       });
+      TileAhead ahead(cut, tile);
+      ahead.add_rows(p.grad_y, p.out_channels);
+      ahead.add_blocks(p.projected, w.out_blocks);
+      ahead.add_blocks(p.depthwise, w.mid_blocks);
+      ahead.add_blocks(w.grad_depthwise, w.mid_blocks);
+      ahead.spread_over(static_cast<double>(2 * rows * w.mid_blocks * p.out_channels));
       for (std::int64_t block = 0; block < w.mid_blocks; block += kMaxTileBlocks) {
         const std::int64_t take = min_of<std::int64_t>(kMaxTileBlocks, w.mid_blocks - block);
         float* grad = w.grad_depthwise + (block * cut.rows + first) * kBlock;
         multiply_blocks<kBlock, Start::kZero>(
             rows, take, p.out_channels, blocks_of(grad_projected, rows),
             {w.project_weight + block * p.out_channels * kBlock, p.out_channels * kBlock},
-            {grad, kBlock, cut.rows * kBlock, kBlock});
+            {grad, kBlock, cut.rows * kBlock, kBlock}, &ahead);
         for (std::int64_t b = 0; b < take; ++b) {
           grad_activated(p, w, tile, block + b, grad + b * cut.rows * kBlock, active + b * rows * kBlock,
                          sums);
@@ -128,7 +134,8 @@ void project_backward(const Params& p, const Workspace& w) {
                                           transposed_rows_of(grad_projected + o * rows, kBlock),
                                           {active, rows * kBlock},
                                           {weight_gradient + (block * p.out_channels + o) * kBlock, kBlock,
-                                           p.out_channels * kBlock, kBlock});
+                                           p.out_channels * kBlock, kBlock},
+                                          &ahead);
         }
       }
     }
@@ -196,14 +203,25 @@ void pack_step(const Params& p, const Workspace& w, const DynamicDepthwiseConvPa
 }
 
 void depthwise_step(const Params& p, const Workspace& w, const DynamicDepthwiseConvParams& depth,
-                    const Step& step, float* filter_gradient, const GradientSums& sums, BackwardScratch& s) {
+                    const Step& step, const Step& next, float* filter_gradient, const GradientSums& sums,
+                    BackwardScratch& s) {
   pack_step(p, w, depth, step, s);
+  const std::int64_t half = p.kernel_size / 2;
   GradFilterJob job{};
+  if (depthwise_fetches_ahead(p, true)) {
+    job.ahead_x = look_ahead_in_blocks(p.expanded, p.batch, p.height, p.width, step, next, p.stride, half);
+    job.ahead_grad_y =
+        look_ahead_in_blocks(w.grad_depthwise, p.batch, p.out_height, p.out_width, step, next, 1, half);
+  }
   grad_filter_step(depth, w.tiles, s, step, job, filter_gradient);
   float* grad = w.grad_expanded + step.block * p.in_pixels() * kBlock;
   const std::int64_t begin = step.begin * p.stride, end = min_of(p.height, step.end * p.stride);
-  run_conv(w.tiles.grad_input, block_job(grad, p.height, p.width, step), s.grad_y,
-           w.filters + step.block * w.taps * kBlock, kBlock, begin, end);
+  ConvJob conv = block_job(grad, p.height, p.width, step);
+  if (depthwise_fetches_ahead(p, true)) {
+    conv.ahead_in =
+        look_ahead_in_blocks(p.depthwise, p.batch, p.out_height, p.out_width, step, next, 1, half);
+  }
+  run_conv(w.tiles.grad_input, conv, s.grad_y, w.filters + step.block * w.taps * kBlock, kBlock, begin, end);
   const float* expanded = p.expanded + step.block * p.in_pixels() * kBlock;
   for (std::int64_t image = step.image; image < step.image + step.num_images; ++image) {
     const std::int64_t at = (image * p.height + begin) * p.width * kBlock;
@@ -230,7 +248,7 @@ void depthwise_backward(const Params& p, const Workspace& w) {
     clear(filter_gradient, w.taps * kBlock);
     clear_sums(sums, kBlock);
     for (Step step = cut.first(item); !cut.done(item, step); step = cut.next(item, step)) {
-      depthwise_step(p, w, depth, step, filter_gradient, sums, scratch);
+      depthwise_step(p, w, depth, step, step_after(cut, item, step), filter_gradient, sums, scratch);
     }
   });
   for (std::int64_t group = 1; group < cut.num_groups; ++group) {
@@ -265,13 +283,20 @@ void expand_backward(const Params& p, const Workspace& w) {
     for (std::int64_t tile = cut.first_tile(group); tile < cut.end_tile(group); ++tile) {
       const std::int64_t first = cut.begin(tile), rows = cut.count(tile);
       grad_expansion_tile(p, w, first, rows, grad);
+      TileAhead ahead(cut, tile);
+      ahead.add_blocks(p.expanded, w.mid_blocks);
+      ahead.add_blocks(w.grad_expanded, w.mid_blocks);
+      ahead.add_rows(p.x, p.in_channels);
+      if (p.residual && p.grad_x != nullptr) ahead.add_rows(p.grad_y, p.in_channels);
+      if (p.grad_x != nullptr) ahead.add_rows(p.grad_x, p.in_channels);
+      ahead.spread_over(static_cast<double>(rows * w.mid_blocks * (p.in_channels + w.in_blocks * kBlock)));
       multiply_blocks<1, Start::kOut>(
           p.in_channels, w.mid_blocks, rows, transposed_rows_of(p.x + first * p.in_channels, p.in_channels),
-          {grad, rows * kBlock}, {weight_gradient, kBlock, p.in_channels * kBlock, kBlock});
+          {grad, rows * kBlock}, {weight_gradient, kBlock, p.in_channels * kBlock, kBlock}, &ahead);
       if (p.grad_x == nullptr) continue;
       multiply_blocks<kBlock, Start::kZero>(rows, w.in_blocks, p.mid_channels, blocks_of(grad, rows),
                                             {w.expand_weight, p.mid_channels * kBlock},
-                                            {grad_x, kBlock, rows * kBlock, kBlock});
+                                            {grad_x, kBlock, rows * kBlock, kBlock}, &ahead);
       store_grad_x(p, first, rows, grad_x, rows * kBlock);
     }
   });

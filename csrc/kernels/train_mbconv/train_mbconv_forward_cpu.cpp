@@ -156,13 +156,17 @@ void expand(const Params& p, const Workspace& w) {
     for (std::int64_t tile = cut.first_tile(group); tile < cut.end_tile(group); ++tile) {
       const std::int64_t first = cut.begin(tile), rows = cut.count(tile);
       const LeftMatrix x = rows_of(p.x + first * p.in_channels, p.in_channels);
+      TileAhead ahead(cut, tile);
+      ahead.add_rows(p.x, p.in_channels);
+      ahead.add_blocks(p.expanded, w.mid_blocks);
+      ahead.spread_over(static_cast<double>(rows * w.mid_blocks * p.in_channels));
       for (std::int64_t block = 0; block < w.mid_blocks; block += kMaxTileBlocks) {
         const std::int64_t take = min_of<std::int64_t>(kMaxTileBlocks, w.mid_blocks - block);
         float* out = p.expanded + (block * cut.rows + first) * kBlock;
         multiply_blocks<0, Start::kZero>(
             rows, take, p.in_channels, x,
             {w.expand_weight + block * p.in_channels * kBlock, p.in_channels * kBlock},
-            {out, kBlock, cut.rows * kBlock, kBlock});
+            {out, kBlock, cut.rows * kBlock, kBlock}, &ahead);
         for (std::int64_t b = 0; b < take && !w.again; ++b) {
           const std::int64_t c = (block + b) * kBlock;
           add_moments({moments.mean + c, moments.deviation + c}, count, out + b * cut.rows * kBlock, rows);
@@ -175,7 +179,7 @@ void expand(const Params& p, const Workspace& w) {
 }
 
 void depthwise_step(const Params& p, const Workspace& w, const DynamicDepthwiseConvParams& depth,
-                    const Step& step, Planes& planes) {
+                    const Step& step, const Step& next, Planes& planes) {
   const float* in = p.expanded + step.block * p.in_pixels() * kBlock;
   float* out = p.depthwise + step.block * p.out_pixels() * kBlock;
   const Norm norm = w.norms[kExpandStage].at(step.block);
@@ -183,7 +187,11 @@ void depthwise_step(const Params& p, const Workspace& w, const DynamicDepthwiseC
   dispatch_activation(p.activation[kExpandStage], [&](auto tag) {
     pack_activated<decltype(tag)::value>(planes, in, step.image, step.num_images, begin, end, norm);
   });
-  const ConvJob job = block_job(out, p.out_height, p.out_width, step);
+  ConvJob job = block_job(out, p.out_height, p.out_width, step);
+  if (depthwise_fetches_ahead(p, false)) {
+    job.ahead_in =
+        look_ahead_in_blocks(p.expanded, p.batch, p.height, p.width, step, next, p.stride, p.kernel_size / 2);
+  }
   run_conv(w.tiles.forward, job, planes, w.filters + step.block * p.kernel_size * p.kernel_size * kBlock,
            kBlock, step.begin, step.end);
 }
@@ -207,7 +215,7 @@ void depthwise(const Params& p, const Workspace& w) {
     const Moments moments = cleared_moments(w, c, kBlock);
     std::int64_t count = 0;
     for (Step step = cut.first(item); !cut.done(item, step); step = cut.next(item, step)) {
-      depthwise_step(p, w, depth, step, planes);
+      depthwise_step(p, w, depth, step, step_after(cut, item, step), planes);
       if (w.again || !p.has_depth_norm()) continue;
       const float* written =
           p.depthwise +
@@ -238,9 +246,13 @@ void project(const Params& p, const Workspace& w) {
         activate_tile<decltype(tag)::value>(p, w.norms[kDepthStage], first, rows, activated);
       });
       float* out = p.projected + first * kBlock;
+      TileAhead ahead(cut, tile);
+      ahead.add_blocks(p.depthwise, w.mid_blocks);
+      ahead.add_blocks(p.projected, w.out_blocks);
+      ahead.spread_over(static_cast<double>(rows * w.out_blocks * p.mid_channels));
       multiply_blocks<kBlock, Start::kZero>(rows, w.out_blocks, p.mid_channels, blocks_of(activated, rows),
                                             {w.project_weight, p.mid_channels * kBlock},
-                                            {out, kBlock, cut.rows * kBlock, kBlock});
+                                            {out, kBlock, cut.rows * kBlock, kBlock}, &ahead);
       for (std::int64_t b = 0; b < w.out_blocks && !w.again; ++b) {
         add_moments({moments.mean + b * kBlock, moments.deviation + b * kBlock}, count,
                     out + b * cut.rows * kBlock, rows);
