@@ -32,7 +32,9 @@ static inline RowCut cut_rows(std::int64_t rows, std::int64_t mid_channels) {
   cut.rows = rows;
   cut.tile = mid_channels <= 320 ? 96 : 48;
   cut.num_tiles = ceil_div(rows, cut.tile);
-  cut.num_groups = min_of(cut.num_tiles, min_of(kMaxGroups, ceil_div(rows, kRowsPerGroup)));
+  // An even number, so that two threads are done at the same time.
+  const std::int64_t groups = ceil_div(ceil_div(rows, kRowsPerGroup), 2) * 2;
+  cut.num_groups = min_of(cut.num_tiles, min_of(kMaxGroups, groups));
   return cut;
 }
 
