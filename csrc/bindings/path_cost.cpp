@@ -14,10 +14,18 @@ namespace {
 
 constexpr const char* kOp = "path_cost";
 
+bool cpu_has_byte_lookups() {
+#ifdef PFNAS_HAS_AVX512
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+#else
+  return false;
+#endif
+}
+
 // codes: uint8 [n, num_slots], any strides, checked. steps: uint32 [R, B, 16] with constant_steps [R], or
 // table: float64 [R, B, num_codes] with constant [R]. cost: float32 or float64 [n].
 void path_cost(py::handle codes, py::handle table, py::handle constant, double step, double unit,
-               py::handle cost) {
+               py::handle cost, bool allow_vnni) {
   const TensorView view = view_tensor(table, kOp, "table");
   PFNAS_CHECK(view.is_cpu() && view.is_contiguous() && view.ndim == 3);
   PathCostParams p;
@@ -35,6 +43,7 @@ void path_cost(py::handle codes, py::handle table, py::handle constant, double s
   }
   p.step = step;
   p.unit = unit;
+  p.use_vnni = allow_vnni && cpu_has_byte_lookups();
   const CodesArg paths = codes_arg(codes, kOp, p.num_slots);
   p.codes = paths.data;
   p.num_paths = paths.num_paths;

@@ -120,3 +120,21 @@ def test_wrong_types_are_refused():
         CostTable(table * np.nan, constant)
     with pytest.raises(InputError, match="expected shapes"):
         CostTable(table, constant[:-1])
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 4, 5, 20, 21])
+@pytest.mark.parametrize("largest", [200, 3000, 2**16 - 1, 2**16, 2**24 - 1, 2**24])
+def test_byte_by_byte_gives_the_same_sums(tier, largest, num_blocks):
+    """Two or three bytes a step, or too large for three; groups of one resolution and of several."""
+    n = 64 * 9 + 5
+    codes, table, constant = problem(n, num_blocks=num_blocks, num_codes=16)
+    table = np.round(table / table.max() * largest)
+    table[0, 0, 1], table[..., 0] = 1.0, 0.0
+    table[0, -1, 15] = largest
+    codes[: 3 * 64, -1], codes[3 * 64 : 6 * 64, -1] = 2, 1
+    packed, layout = CostTable(table, constant), np.asfortranarray(codes)
+    assert packed.exact_words
+    for dtype in (torch.float64, torch.float32):
+        got, words = (path_cost(layout, packed, dtype=dtype, allow_vnni=allow) for allow in (True, False))
+        assert torch.equal(got, words)
+        assert torch.equal(got, expected(codes, table, constant).to(dtype))

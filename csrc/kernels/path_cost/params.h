@@ -25,7 +25,8 @@ struct PathCostParams {
   const double* table = nullptr;     // [num_resolutions][num_slots - 1][num_codes], read where steps is null
   const double* constant = nullptr;  // [num_resolutions], likewise
   int num_codes = 0;
-  double unit = 1;  // divides every sum
+  double unit = 1;        // divides every sum
+  bool use_vnni = false;  // 16-lane tier only: the CPU has AVX512-VNNI and VBMI; the same sums either way
 
   float* cost_f32 = nullptr;   // [num_paths]; one of the two is not null
   double* cost_f64 = nullptr;  // [num_paths]

@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Additive costs of a population: one table look-up per block and path, and a sum.
 //
-//   path_cost -> sums_by_slot (structure of arrays: 16 paths a vector, the table's row held in one register)
-//             -> sum_of_path  (any strides, or costs that are no whole numbers: path by path)
+//   path_cost -> sum_by_bytes  (byte_planes.h: structure of arrays, 64 paths of one resolution, VBMI and
+//   VNNI)
+//             -> sum_by_words  (structure of arrays: 16 paths a vector, the table's row held in one register)
+//             -> sum_of_path   (any strides, or costs that are no whole numbers: path by path)
 //
 // Whole numbers are summed in 32-bit integers, hence exactly; others in double, in the order constant, block
 // 0, block 1, ...: the same bits in every tier.
 #include "common/parallel.h"
 #include "common/simd.h"
+#include "kernels/path_cost/byte_planes.h"
 #include "kernels/path_cost/params.h"
-
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 namespace pfnas::PFNAS_TIER {
 namespace {
@@ -21,9 +20,6 @@ using Params = PathCostParams;
 
 constexpr std::int64_t kChunk = 4096;  // paths per item of work
 constexpr int kGroup = 64;             // paths whose sums stay in registers
-
-typedef std::uint32_t Words16 __attribute__((vector_size(64)));
-typedef std::uint32_t UnalignedWords16 __attribute__((vector_size(64), aligned(4), may_alias));
 
 void write_cost(const Params& p, std::int64_t path, double cost) {
   if (p.cost_f64 != nullptr) {
@@ -49,7 +45,9 @@ double sum_of_path(const Params& p, std::int64_t path) {
   return sum;
 }
 
-#ifdef __AVX512F__
+#ifdef __AVX512BW__
+
+typedef std::uint32_t UnalignedWords16 __attribute__((vector_size(64), aligned(4), may_alias));
 
 // Intrinsics, because GCC 12 turns __builtin_convertvector of bytes into scalar code; masked, because it
 // warns about the plain one.
@@ -88,15 +86,14 @@ PFNAS_INLINE void add_slots(const Params& p, const std::uint8_t* codes, int firs
 }
 
 // Resolutions are taken in pairs, because one shuffle reads two rows; lanes of other pairs are masked out.
-PFNAS_INLINE void sum_group(const Params& p, std::int64_t path) {
-  const std::uint8_t* codes = p.codes + path;
+PFNAS_INLINE void sum_by_words(const Params& p, const std::uint8_t* codes, Words16 (&total)[4]) {
   const std::uint8_t* resolutions = codes + (p.num_slots - 1) * p.slot_stride;
   std::uint32_t present = 1;  // bit g: some path has a resolution of pair g
   if (p.num_resolutions > 2) {
     present = 0;
     for (int i = 0; i < kGroup; ++i) present |= 1u << ((resolutions[i] - 1) >> 1);
   }
-  Words16 total[4] = {};
+  PFNAS_UNROLL for (int v = 0; v < 4; ++v) total[v] = Words16{};
   for (int first = 0; first < p.num_resolutions; first += 2) {
     if ((present >> (first / 2) & 1) == 0) continue;
     Words16 sums[4], mine[4];
@@ -116,16 +113,29 @@ PFNAS_INLINE void sum_group(const Params& p, std::int64_t path) {
     }
     PFNAS_UNROLL for (int v = 0; v < 4; ++v) total[v] |= sums[v] & mine[v];
   }
+}
+
+PFNAS_INLINE void sum_group(const Params& p, const BytePlanes& planes, float scale, std::int64_t path) {
+  const std::uint8_t* codes = p.codes + path;
+  Words16 total[4];
+  if (planes.bytes == nullptr || !same_resolution(codes + (p.num_slots - 1) * p.slot_stride)) {
+    sum_by_words(p, codes, total);
+  } else if (planes.num_planes == 2) {
+    sum_by_bytes<2>(p, planes, codes, total);
+  } else {
+    sum_by_bytes<3>(p, planes, codes, total);
+  }
   if (p.cost_f32 != nullptr) {
-    const float scale = static_cast<float>(p.step / p.unit);
     PFNAS_UNROLL for (int v = 0; v < 4; ++v) {
       store(p.cost_f32 + path + 16 * v, __builtin_convertvector(total[v], Vec) * scale);
     }
     return;
   }
-  for (int i = 0; i < kGroup; ++i) {
-    p.cost_f64[path + i] = static_cast<double>(total[i / 16][i % 16]) * p.step / p.unit;
+  std::uint32_t steps[kGroup];
+  PFNAS_UNROLL for (int v = 0; v < 4; ++v) {
+    *reinterpret_cast<UnalignedWords16*>(steps + 16 * v) = total[v];
   }
+  for (int i = 0; i < kGroup; ++i) p.cost_f64[path + i] = static_cast<double>(steps[i]) * p.step / p.unit;
 }
 
 #endif
@@ -133,13 +143,17 @@ PFNAS_INLINE void sum_group(const Params& p, std::int64_t path) {
 }  // namespace
 
 void path_cost(const Params& p) {
+#ifdef __AVX512BW__
+  const BytePlanes planes = byte_planes(p);
+  const float scale = static_cast<float>(p.step / p.unit);
+#endif
   const double work = 4.0 * static_cast<double>(p.num_paths) * p.num_slots;
   parallel_for(ceil_div(p.num_paths, kChunk), work, [&](std::int64_t item) {
     std::int64_t path = item * kChunk;
     const std::int64_t end = min_of(p.num_paths, path + kChunk);
-#ifdef __AVX512F__
+#ifdef __AVX512BW__
     if (p.steps != nullptr && p.path_stride == 1) {
-      for (; path + kGroup <= end; path += kGroup) sum_group(p, path);
+      for (; path + kGroup <= end; path += kGroup) sum_group(p, planes, scale, path);
     }
 #endif
     for (; path < end; ++path) write_cost(p, path, sum_of_path(p, path) / p.unit);

@@ -111,7 +111,12 @@ def largest_codes(rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def path_cost(
-    codes: np.ndarray | Tensor, table: CostTable, *, dtype: torch.dtype = torch.float64, trusted: bool = False
+    codes: np.ndarray | Tensor,
+    table: CostTable,
+    *,
+    dtype: torch.dtype = torch.float64,
+    trusted: bool = False,
+    allow_vnni: bool = True,
 ) -> Tensor:
     """Cost of each path of a population.
 
@@ -124,6 +129,7 @@ def path_cost(
         dtype: float64, or float32 (one rounding of the exact sum, or of the float64 one).
         trusted: Skip the check of every code (about a fifth of the time). A wrong code then reads other
             memory.
+        allow_vnni: Look costs up byte by byte where the CPU has AVX512-VNNI and VBMI; the same sums.
 
     Returns:
         [n], in the table's unit.
@@ -145,5 +151,5 @@ def path_cost(
                 f"{high[-1]}"
             )
     cost = torch.empty(len(rows), dtype=dtype)
-    _C.path_cost(rows, table.table, table.constant, table.step, table.unit, cost)
+    _C.path_cost(rows, table.table, table.constant, table.step, table.unit, cost, allow_vnni)
     return cost
