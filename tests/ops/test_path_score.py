@@ -24,6 +24,9 @@ SHAPES = {
     "ofa": ((400, 400, 400), 1, 0, 0),
     "deep": ((20, 80, 16, 33), 1, 0, 0),
     "many members": ((8, 8), 19, 3, 1),
+    "narrow": ((9, 32), 2, 0, 0),  # fewer inputs than look-ups between its products
+    "three halves": ((130, 64), 1, 0, 0),
+    "wide out": ((70, 160), 2, 5, 1),
 }
 
 

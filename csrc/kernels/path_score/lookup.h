@@ -12,10 +12,10 @@ namespace pfnas::PFNAS_TIER {
 constexpr int kNarrowVecs = kLanes == 16 ? 4 : 8;
 constexpr int kWideVecs = 8;
 
-// Most paths per batch: whole tiles of every height in dense.h.
-constexpr std::int64_t kBatch = 60;
 // Paths whose rows are found at once: vectors of 16 of them, whole batches.
-constexpr std::int64_t kRowStride = 96;
+constexpr std::int64_t kRowStride = 192;
+// Most paths per batch, and most for dense.h: whole tiles of each of its heights.
+constexpr std::int64_t kBatch = kRowStride, kDenseBatch = 60;
 
 // A batch of paths, ready for look-ups.
 struct Batch {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Scores of many paths by a ranker whose first layer is a sum of table rows (params.h has the formula).
 //
-//   path_score -> per batch of 60 paths: rows of the table | per network: look up, dense layers, head
-//                                                          | per kernel: look up, exp, head
-//                                                          | linear parts, weighted sum of the members, curve
+//   path_score -> per batch: rows of the table | per network: look up, dense layers, head; overlap.h: at once
+//                                              | per kernel: look up, exp, head
+//                                              | linear parts, weighted sum of the members, curve
 //
 // A path's arithmetic does not depend on its neighbours or on its place in the batch.
 #include "common/check.h"
@@ -12,6 +12,7 @@
 #include "common/simd.h"
 #include "kernels/path_score/dense.h"
 #include "kernels/path_score/lookup.h"
+#include "kernels/path_score/overlap.h"
 #include "kernels/path_score/params.h"
 #include "kernels/path_score/rows.h"
 
@@ -81,6 +82,12 @@ DenseJob dense_job(const PathScoreModel& m, int index, int layer, const Workspac
 }
 
 void network(const PathScoreModel& m, const Batch& batch, int index, Workspace& w) {
+  if (can_overlap(m)) {
+    const auto run = m.budget == nullptr ? overlapped_network<0> : overlapped_network<1>;
+    run(m, batch, index * m.first_width(), dense_job(m, index, 0, w),
+        PathScoreModel::padded(m.widths[1]) / kScorePanel, w.hidden[0]);
+    return;
+  }
   const bool wide = m.block == 2 * kScoreColumns;
   const auto look_up = m.budget == nullptr ? (wide ? lookup_relu<0, kWideVecs> : lookup_relu<0, kNarrowVecs>)
                                            : (wide ? lookup_relu<1, kWideVecs> : lookup_relu<1, kNarrowVecs>);
@@ -156,8 +163,9 @@ double flops_of_path(const PathScoreModel& m) {
 // Few enough that their hidden layer and the weights share L1, where the weights fit it at all.
 std::int64_t batch_size(const PathScoreModel& m) {
   constexpr std::int64_t kL1Floats = 8 * 1024, kSmallBatch = 48;
+  if (can_overlap(m)) return kBatch;  // two tiles of the hidden layer, whatever the batch
   const std::int64_t weights = m.num_dense > 0 ? static_cast<std::int64_t>(m.widths[0]) * m.widths[1] : 0;
-  return weights <= kL1Floats ? kSmallBatch : kBatch;
+  return weights <= kL1Floats ? kSmallBatch : kDenseBatch;
 }
 
 }  // namespace
