@@ -100,7 +100,8 @@ BlockSpec block_spec(const Flat& weights, const py::dict& d) {
   FusedMBConvParams& p = spec.base;
   p.in_channels = get<std::int64_t>(d, "in_channels");
   p.x_stride = padded(p.in_channels);
-  p.out_channels = padded(get<std::int64_t>(d, "out_channels"));
+  p.used_out_channels = get<std::int64_t>(d, "out_channels");
+  p.out_channels = padded(p.used_out_channels);
   p.mid_channels = p.max_mid_channels = get<std::int64_t>(d, "max_mid_channels");
   p.max_reduced_channels = get<std::int64_t>(d, "max_reduced_channels");
   p.max_in_channels = p.in_channels;

@@ -40,20 +40,26 @@ struct OutputSink {
   float* y;
   std::int64_t y_stride;
   std::int64_t num_channels;  // of this panel
+  static constexpr bool kAccumulates = false;
 
   using Column = AffineVec;
   PFNAS_INLINE Vec start(std::int64_t row, int vec) const {
     return partial == nullptr ? Vec{} : load(partial + row * partial_stride + vec * kLanes);
   }
   PFNAS_INLINE Column column(int vec) const { return load_affine(scale, shift, vec * kLanes, num_channels); }
-  PFNAS_INLINE void finish(std::int64_t row, int vec, const Column& column, Vec sum) const {
+  struct Row {
+    float* y;
+    const float* residual;
+  };
+  PFNAS_INLINE Row row(std::int64_t row) const {
+    const std::int64_t from = residual_rows == nullptr ? row : residual_rows[row];
+    return {y + row * y_stride, residual == nullptr ? nullptr : residual + from * residual_stride};
+  }
+  PFNAS_INLINE void finish(const Row& row, int vec, const Column& column, Vec sum) const {
     Vec value = sum * column.scale + column.shift;
-    if (residual != nullptr) {
-      const std::int64_t from = residual_rows == nullptr ? row : residual_rows[row];
-      value += load_some(residual + from * residual_stride + vec * kLanes, column.lanes);
-    }
+    if (residual != nullptr) value += load_some(row.residual + vec * kLanes, column.lanes);
     value = activate<kActivation>(value);
-    float* out = y + row * y_stride + vec * kLanes;
+    float* out = row.y + vec * kLanes;
     if (column.lanes == kLanes) {
       store(out, value);
     } else {

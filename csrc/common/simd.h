@@ -105,6 +105,31 @@ static PFNAS_INLINE void store_lanes(float* p, Vec v, int num_lanes) {
 }
 #endif
 
+#if defined(PFNAS_NATIVE_512)
+// The first half of `low` and the second of `high`.
+static PFNAS_INLINE Vec join_halves(Vec low, Vec high) { return _mm512_mask_blend_ps(0xff00, low, high); }
+static PFNAS_INLINE Vec swap_halves(Vec v) { return _mm512_maskz_shuffle_f32x4(0xffff, v, v, 0x4e); }
+// Half a vector of floats from `p`, twice.
+static PFNAS_INLINE Vec load_half_twice(const float* p) {
+  return _mm512_maskz_broadcast_f32x8(0xffff, _mm256_loadu_ps(p));
+}
+#else
+static PFNAS_INLINE Vec join_halves(Vec low, Vec high) {
+  for (int i = kLanes / 2; i < kLanes; ++i) low[i] = high[i];
+  return low;
+}
+static PFNAS_INLINE Vec swap_halves(Vec v) {
+  Vec swapped{};
+  for (int i = 0; i < kLanes; ++i) swapped[i] = v[i ^ (kLanes / 2)];
+  return swapped;
+}
+static PFNAS_INLINE Vec load_half_twice(const float* p) {
+  Vec v{};
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i % (kLanes / 2)];
+  return v;
+}
+#endif
+
 // max(v, low) and min(v, high) that let NaN in v through: x86 returns the second operand where one is NaN.
 #if defined(PFNAS_NATIVE_512)
 // (The zero-masking forms, because GCC 12 warns of its own header's _mm512_undefined_ps in the plain ones.)

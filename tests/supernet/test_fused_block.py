@@ -63,6 +63,8 @@ CASES = [
     Case(1, 24, 70, 60, 24, 7, activation="hswish"),  # rings of rows, residual
     Case(1, 16, 90, 131, 24, 5, 2),
     Case(9, 32, 5, 5, 32, 7, se=True, activation="hswish"),  # several images at a time
+    *(Case(2, 24, 20, 20, 40, kernel, expand=5) for kernel in (3, 5, 7)),  # one tile of 20 columns
+    Case(1, 24, 6, 40, 24, 3, expand=3),  # two of them; 72 middle channels: two vectors, the last half used
     Case(0, 8, 5, 5, 8, 3),
 ]
 WIDTHS = list(range(8, 1153, 8))  # middle widths

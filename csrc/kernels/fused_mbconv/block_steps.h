@@ -31,13 +31,13 @@ struct Panel {
   std::int64_t index;
   std::int64_t first;  // middle channel
   std::int64_t width;  // 1 to 48
-  int num_vecs;
+  PanelVecs vecs;
 };
 
 static inline Panel make_panel(const FusedMBConvParams& p, std::int64_t index) {
   const std::int64_t first = index * kPanelWidth;
   const std::int64_t width = min_of<std::int64_t>(kPanelWidth, p.mid_channels - first);
-  return {index, first, width, static_cast<int>(ceil_div(width, kLanes))};
+  return {index, first, width, panel_vecs(index, p.mid_channels)};
 }
 
 // The columns that tiles read beside the image. The image's own are rewritten by every panel.
@@ -72,7 +72,7 @@ static inline void copy_pixels(const Work& work, const Panel& panel, std::int64_
   const float* x = work.x(first_row) + panel.first;
   for (std::int64_t m = 0; m < num_pixels; ++m, x += work.p.x_stride) {
     float* out = work.memory.planes + work.memory.offsets[m];
-    for (int v = 0; v < panel.num_vecs; ++v) {
+    for (int v = 0; v < panel.vecs.count; ++v) {
       const int lanes = static_cast<int>(min_of<std::int64_t>(kLanes, panel.width - v * kLanes));
       store(out + v * work.plan.plane_stride(), load_some(x + v * kLanes, lanes));
     }
@@ -94,7 +94,7 @@ static inline void expand(const Work& work, const Panel& panel, std::int64_t beg
                                                work.memory.offsets};
     pointwise_panel({work.x(begin), p.x_stride}, num_pixels,
                     p.expand_panels + panel.index * p.max_in_channels * kPanelWidth, p.in_channels,
-                    panel.num_vecs, sink);
+                    panel.vecs, sink);
   });
 }
 
@@ -105,7 +105,7 @@ static inline void depthwise(const Work& work, const Panel& panel, std::int64_t 
   const FusedMBConvParams& p = work.p;
   const BlockPlan& plan = work.plan;
   const std::int64_t taps = p.kernel_size * p.kernel_size;
-  for (int v = 0; v < panel.num_vecs; ++v) {
+  for (int v = 0; v < panel.vecs.count; ++v) {
     const std::int64_t channel = panel.first + v * kLanes;
     const AffineVec affine = load_affine(p.depth_affine.scale, p.depth_affine.shift, channel, p.mid_channels);
     DepthwiseJob job;
@@ -152,7 +152,7 @@ static inline void project_last(const FusedMBConvParams& p, const PixelRows& dep
           min_of<std::int64_t>(kPanelWidth, p.out_channels - o)};
       pointwise_panel(depth, num_pixels,
                       p.project_panels + (out * p.max_mid_channels + first_channel) * kPanelWidth,
-                      num_channels, panel_vecs(out, p.out_channels), sink);
+                      num_channels, panel_vecs(out, p.out_channels, p.used_out_channels), sink);
     }
   });
 }

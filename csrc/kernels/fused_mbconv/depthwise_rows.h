@@ -86,8 +86,9 @@ void depthwise_rows(const DepthwiseJob& job) {
     for (std::int64_t i = 0; i < job.out_width; i += kWidth) {
       Vec sums[kWidth] = {};
       for (int r = first; r < end; ++r) {
-        depthwise_tap_row<K, S, kWidth, kWhole>(rows[r] + i * S * kLanes, job.filter + r * K * kFilterBlock,
-                                                sums);
+        const float* in = rows[r] + i * S * kLanes;
+        __asm__("" : "+r"(in));  // else GCC keeps the address of each column in a register of its own
+        depthwise_tap_row<K, S, kWidth, kWhole>(in, job.filter + r * K * kFilterBlock, sums);
       }
       const int columns = static_cast<int>(min_of<std::int64_t>(kWidth, job.out_width - i));
       dispatch_activation(job.activation, [&](auto tag) {
@@ -106,7 +107,8 @@ struct DepthwiseKernel {
 
 template <int K, int S, int kWidth>
 static void offer_depthwise(std::int64_t width, std::int64_t out_width, DepthwiseKernel& best) {
-  if constexpr (kWidth + K + 1 <= kNumRegisters) {
+  // Registers, and columns that PFNAS_UNROLL takes apart.
+  if constexpr (kWidth + K + 1 <= kNumRegisters && (kWidth - 1) * S + K <= 32) {
     if (best.whole_rows) return;
     if (width == kWidth * S && out_width == kWidth) {
       best = {depthwise_rows<K, S, kWidth, true>, kWidth, true};
@@ -130,6 +132,7 @@ static DepthwiseKernel select_depthwise(std::int64_t width, std::int64_t out_wid
   offer_depthwise<K, S, 8>(width, out_width, best);
   offer_depthwise<K, S, 10>(width, out_width, best);
   offer_depthwise<K, S, 14>(width, out_width, best);
+  offer_depthwise<K, S, 20>(width, out_width, best);
   return best;
 }
 

@@ -32,7 +32,7 @@ void project(const Work& work, const Panel& panel, std::int64_t begin, std::int6
     const PartialSink sink{sums + out * kPanelWidth, plan.sum_stride, is_first};
     pointwise_panel(depth, num_pixels,
                     p.project_panels + (out * p.max_mid_channels + panel.first) * kPanelWidth, panel.width,
-                    panel_vecs(out, p.out_channels), sink);
+                    panel_vecs(out, p.out_channels, p.used_out_channels), sink);
   }
 }
 

@@ -24,11 +24,12 @@ struct FusedMBConvParams {
   std::int64_t out_height = 0;
   std::int64_t out_width = 0;
   std::int64_t in_channels = 0;
-  std::int64_t mid_channels = 0;      // active width M
-  std::int64_t out_channels = 0;      // O
-  std::int64_t reduced_channels = 0;  // R, of squeeze-and-excitation; 0: there is none
-  int kernel_size = 0;                // 3, 5 or 7
-  int stride = 1;                     // 1 or 2
+  std::int64_t mid_channels = 0;       // active width M
+  std::int64_t out_channels = 0;       // O, with padding
+  std::int64_t used_out_channels = 0;  // of O, those with weights
+  std::int64_t reduced_channels = 0;   // R, of squeeze-and-excitation; 0: there is none
+  int kernel_size = 0;                 // 3, 5 or 7
+  int stride = 1;                      // 1 or 2
 
   const float* x = nullptr;  // [N, H, W, in_channels]
   std::int64_t x_stride = 0;

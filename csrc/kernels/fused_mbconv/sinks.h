@@ -15,13 +15,15 @@ struct PlaneSink {
   float* planes;
   std::int64_t plane_stride;
   const std::int32_t* offsets;
+  static constexpr bool kAccumulates = false;
 
   using Column = AffineVec;
   PFNAS_INLINE Vec start(std::int64_t, int) const { return Vec{}; }
+  using Row = float*;
   PFNAS_INLINE Column column(int vec) const { return load_affine(scale, shift, vec * kLanes, num_channels); }
-  PFNAS_INLINE void finish(std::int64_t row, int vec, const Column& column, Vec sum) const {
-    store(planes + vec * plane_stride + offsets[row],
-          activate<kActivation>(sum * column.scale + column.shift));
+  PFNAS_INLINE Row row(std::int64_t row) const { return planes + offsets[row]; }
+  PFNAS_INLINE void finish(Row to, int vec, const Column& column, Vec sum) const {
+    store(to + vec * plane_stride, activate<kActivation>(sum * column.scale + column.shift));
   }
 };
 
@@ -30,15 +32,16 @@ struct PartialSink {
   float* sums;
   std::int64_t stride;
   bool is_first;
+  static constexpr bool kAccumulates = false;
 
   struct Column {};
   PFNAS_INLINE Vec start(std::int64_t row, int vec) const {
     return is_first ? Vec{} : load(sums + row * stride + vec * kLanes);
   }
+  using Row = float*;
   PFNAS_INLINE Column column(int) const { return {}; }
-  PFNAS_INLINE void finish(std::int64_t row, int vec, const Column&, Vec sum) const {
-    store(sums + row * stride + vec * kLanes, sum);
-  }
+  PFNAS_INLINE Row row(std::int64_t row) const { return sums + row * stride; }
+  PFNAS_INLINE void finish(Row to, int vec, const Column&, Vec sum) const { store(to + vec * kLanes, sum); }
 };
 
 }  // namespace pfnas::PFNAS_TIER

@@ -160,9 +160,9 @@ void measure_expansion(const Work& work, const ItemMoments& moments) {
     for (std::int64_t begin = 0; begin < num_pixels; begin += kPixelsPerSum) {
       const std::int64_t n = min_of(kPixelsPerSum, num_pixels - begin);
       const PixelRows rows{x + begin * p.x_stride, p.x_stride};
-      pointwise_panel(rows, 1, weights, p.in_channels, panel.num_vecs, PivotSink{pivot});
+      pointwise_panel(rows, 1, weights, p.in_channels, panel.vecs, PivotSink{pivot});
       for (int c = 0; c < kPanelWidth; ++c) sums[c] = squares[c] = 0.0f;
-      pointwise_panel(rows, n, weights, p.in_channels, panel.num_vecs, MomentSink{pivot, sums, squares});
+      pointwise_panel(rows, n, weights, p.in_channels, panel.vecs, MomentSink{pivot, sums, squares});
       moments.join_sums(panel.first, panel.width, begin, pivot, sums, squares, n);
     }
   }

@@ -92,27 +92,39 @@ struct MomentSink {
   const float* pivot;  // [48]
   float* sums;         // [48]
   float* squares;      // [48]
+  static constexpr bool kAccumulates = true;
 
-  using Column = Vec;
+  struct Column {
+    Vec pivot, sum, square;
+  };
+  struct Row {};
   PFNAS_INLINE Vec start(std::int64_t, int) const { return Vec{}; }
-  PFNAS_INLINE Column column(int vec) const { return load(pivot + vec * kLanes); }
-  PFNAS_INLINE void finish(std::int64_t, int vec, const Column& column, Vec sum) const {
-    const Vec value = sum - column;
-    float* to = sums + vec * kLanes;
-    store(to, load(to) + value);
-    to = squares + vec * kLanes;
-    store(to, load(to) + value * value);
+  PFNAS_INLINE Column column(int vec) const {
+    return {load(pivot + vec * kLanes), load(sums + vec * kLanes), load(squares + vec * kLanes)};
+  }
+  PFNAS_INLINE Row row(std::int64_t) const { return {}; }
+  PFNAS_INLINE void finish(const Row&, int, Column& column, Vec sum) const {
+    const Vec value = sum - column.pivot;
+    column.sum += value;
+    column.square += value * value;
+  }
+  PFNAS_INLINE void close(int vec, const Column& column) const {
+    store(sums + vec * kLanes, column.sum);
+    store(squares + vec * kLanes, column.square);
   }
 };
 
 // Sink that keeps one pixel.
 struct PivotSink {
   float* pivot;  // [48]
+  static constexpr bool kAccumulates = false;
 
   struct Column {};
+  struct Row {};
   PFNAS_INLINE Vec start(std::int64_t, int) const { return Vec{}; }
   PFNAS_INLINE Column column(int) const { return {}; }
-  PFNAS_INLINE void finish(std::int64_t, int vec, const Column&, Vec sum) const {
+  PFNAS_INLINE Row row(std::int64_t) const { return {}; }
+  PFNAS_INLINE void finish(const Row&, int vec, const Column&, Vec sum) const {
     store(pivot + vec * kLanes, sum);
   }
 };
