@@ -5,6 +5,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 
@@ -27,9 +29,27 @@ template <class V>
 __device__ __forceinline__ V load_vector(const void* source) {
   return *static_cast<const V*>(source);
 }
+
+template <class V>
+constexpr bool kOfHalves = false;  // a Pair or Quad of 16-bit floats
+template <template <class> class V>
+constexpr bool kOfHalves<V<__half>> = true;
+template <template <class> class V>
+constexpr bool kOfHalves<V<__nv_bfloat16>> = true;
+
+// 16-bit floats as one word that the compiler may not take apart again: it would store a struct in pieces.
 template <class V>
 __device__ __forceinline__ void store_vector(void* target, const V& value) {
-  *static_cast<V*>(target) = value;
+  if constexpr (kOfHalves<V>) {
+    static_assert(sizeof(V) == 4 || sizeof(V) == 8);
+    std::conditional_t<sizeof(V) == 4, unsigned, unsigned long long> word;
+    memcpy(&word, &value, sizeof word);
+    if constexpr (sizeof word == 4) asm volatile("" : "+r"(word));
+    if constexpr (sizeof word == 8) asm volatile("" : "+l"(word));
+    *static_cast<decltype(word)*>(target) = word;
+  } else {
+    *static_cast<V*>(target) = value;
+  }
 }
 
 // Hides where a number comes from: what is made of it in a loop is then computed there, and not ahead of the

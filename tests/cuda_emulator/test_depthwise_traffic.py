@@ -126,19 +126,20 @@ def convolve_block_reads(
 
 def forward_block_reads(module: ModuleType, call: Call) -> int:
     """Of x."""
-    half = call.kernel_size // 2
+    half, (x, y) = call.kernel_size // 2, maps(call)
     return convolve_block_reads(
-        module, call, *maps(call), 1, lambda a, b: (a * call.stride - half, b * call.stride + half)
+        module, call, x, y, 1, lambda a, b: (a * call.stride - half, b * call.stride + half)
     )
 
 
 def input_gradient_block_reads(module: ModuleType, call: Call) -> int:
     """Of grad_y: input position i has a part in the outputs o with |i - stride * o| <= kernel_size / 2."""
-    half = call.kernel_size // 2
+    half, (x, y) = call.kernel_size // 2, maps(call)
     return convolve_block_reads(
         module,
         call,
-        *reversed(maps(call)),
+        y,
+        x,
         call.stride,
         lambda a, b: (-(-(a - half) // call.stride), (b + half) // call.stride),
     )

@@ -134,7 +134,7 @@ TRAFFIC = [
     Call(1, 40, 10, 20, 120, dtype=torch.float32),
 ]
 # Share of the touched sectors that the requests of loads and stores use, at least; counted.
-PINNED = {96: (1.0, 1.0), 200: (0.97, 0.86), 120: (0.83, 1.0)}
+PINNED = {96: (1.0, 1.0), 200: (0.96, 0.86), 120: (0.78, 1.0)}
 
 
 @pytest.mark.parametrize("call", TRAFFIC, ids=lambda c: "x".join(map(str, c[:5])))
@@ -207,6 +207,12 @@ def test_translated_ptx(architecture: int, plain: ModuleType, nvcc: str) -> None
     counts = module.instruction_counts()
     assert any(opcode.startswith("mma.sync") and count > 0 for opcode, count in counts.items())
     assert any(opcode.startswith("ldmatrix") and count > 0 for opcode, count in counts.items())
+
+    call = TRAFFIC[0]  # bfloat16: four outputs leave in one store, which the compiler had split
+    same_bits(lambda: (run(inputs(call), call),), call)
+    counts = module.instruction_counts()
+    stores = {opcode: n for opcode, n in counts.items() if opcode.startswith("st.global") and n > 0}
+    assert sum(stores.values()) == call.n * call.h * call.w * call.out // 4, stores
     ran = set(module.translated_kernels())
     assert {"Lb0", "Lb1"} <= {match[0] for name in ran for match in re.finditer("Lb[01]", name)}
     for kernel in ("panel_gradient_simt", "panel_gradient_tensor_core", "fold_panels", "fold_moments"):

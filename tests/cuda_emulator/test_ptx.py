@@ -60,6 +60,19 @@ def test_same_bits_as_the_source(plain: ModuleType, translated: Callable[[int, s
     assert counts["fma.rn.f32"] > counts["ld.shared.v2.f32"] * 4  # taps are reused over the strip
 
 
+def test_a_pair_leaves_in_one_store(translated: Callable[[int, str], ModuleType]) -> None:
+    """The compiler had split two bfloat16 into two stores. The taps are float32."""
+    module = translated(80, TIER_1)
+    call = Call(1, 24, 9, 11, 5, 1, dtype=torch.bfloat16)
+    x, *filters, _ = inputs(call)
+    module.instruction_counts()  # empties the counters
+    with emulated_ops(module):
+        torch.ops.pfnas_fast.dynamic_depthwise_conv(x, *filters, call.kernel_size, call.stride)
+    counts = module.instruction_counts()
+    assert counts.get("st.global.u16", 0) == 0
+    assert counts["st.global.u32"] == x.numel() // 2
+
+
 @pytest.mark.tier2
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_same_bits_everywhere(

@@ -31,11 +31,14 @@ PFNAS_DEVICE void add_filter_row(const FilterGradientParams& p, const T* x, cons
     Pair<T> columns[kColumns], gradients[kFilterStrip];
     load_columns(x, p.channels, in_row, p.height, first * kS - kK / 2, p.width, access, columns);
     load_columns(grad_y, p.channels, out_row, p.out_height, first, p.out_width, access, gradients);
+    float2 seen[kColumns];  // the compiler would convert a column for each of its taps
+    PFNAS_UNROLL_LOOP
+    for (int i = 0; i < kColumns; ++i) seen[i] = to_float2(columns[i]);
     PFNAS_UNROLL_LOOP
     for (int i = 0; i < kFilterStrip; ++i) {
       const float2 gradient = to_float2(gradients[i]);
       PFNAS_UNROLL_LOOP
-      for (int s = 0; s < kK; ++s) sums[s] = multiply_add(to_float2(columns[kS * i + s]), gradient, sums[s]);
+      for (int s = 0; s < kK; ++s) sums[s] = multiply_add(seen[kS * i + s], gradient, sums[s]);
     }
   }
 }

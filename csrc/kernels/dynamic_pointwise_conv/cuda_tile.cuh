@@ -84,33 +84,52 @@ PFNAS_DEVICE Quad<float> store_quad(T* target, const Quad<float>& quad, bool vec
   return rounded;
 }
 
-PFNAS_DEVICE float activate(float value, Activation activation) {
-  if (activation == Activation::kRelu) return value < 0.0f ? 0.0f : value;  // NaN stays
-  if (activation == Activation::kHswish) {
+template <Activation kActivation>
+PFNAS_DEVICE float activate(float value) {
+  if constexpr (kActivation == Activation::kRelu) return value < 0.0f ? 0.0f : value;  // NaN stays
+  if constexpr (kActivation == Activation::kHswish) {
     return value * (fminf(fmaxf(value + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f));
   }
   return value;
 }
 
-// y = act(sum * scale + shift + residual) for four neighbouring outputs of one pixel.
+template <Activation kActivation>
+PFNAS_DEVICE void activate(Quad<float>& quad) {
+  PFNAS_UNROLL_LOOP
+  for (int e = 0; e < kQuad; ++e) quad.values[e] = activate<kActivation>(quad.values[e]);
+}
+
+// Four neighbouring outputs: what is the same for all pixels.
+struct QuadAffine {
+  Quad<float> scale{{1.0f, 1.0f, 1.0f, 1.0f}}, shift{};
+  std::int64_t count;  // outputs from the first of the four on
+};
+
+PFNAS_DEVICE QuadAffine load_affine(const PointwiseTileParams& p, std::int64_t output) {
+  QuadAffine affine;
+  affine.count = p.op.out_channels - output;
+  if (p.op.scale != nullptr) affine.scale = load_quad(p.op.scale + output, p.vector_outputs, affine.count);
+  if (p.op.shift != nullptr) affine.shift = load_quad(p.op.shift + output, p.vector_outputs, affine.count);
+  return affine;
+}
+
+// y = act(sum * scale + shift + residual) for four neighbouring outputs of one pixel, which begin at `at`.
 template <class T>
-PFNAS_DEVICE Quad<float> finish_quad(const PointwiseTileParams& p, std::int64_t pixel, std::int64_t output,
+PFNAS_DEVICE Quad<float> finish_quad(const PointwiseTileParams& p, const QuadAffine& affine, std::int64_t at,
                                      Quad<float> sums) {
   const auto& op = p.op;
-  const std::int64_t count = op.out_channels - output;
-  const std::int64_t at = pixel * op.out_channels + output;
-  Quad<float> scale{{1.0f, 1.0f, 1.0f, 1.0f}}, shift = {}, residual = {};
-  if (op.scale != nullptr) scale = load_quad(op.scale + output, p.vector_outputs, count);
-  if (op.shift != nullptr) shift = load_quad(op.shift + output, p.vector_outputs, count);
+  Quad<float> residual = {};
   if (op.residual != nullptr) {
-    residual = load_quad(static_cast<const T*>(op.residual) + at, p.vector_outputs, count);
+    residual = load_quad(static_cast<const T*>(op.residual) + at, p.vector_outputs, affine.count);
   }
   PFNAS_UNROLL_LOOP
   for (int e = 0; e < kQuad; ++e) {
-    const float value = fmaf(sums.values[e], scale.values[e], shift.values[e]) + residual.values[e];
-    sums.values[e] = activate(value, op.activation);
+    sums.values[e] =
+        fmaf(sums.values[e], affine.scale.values[e], affine.shift.values[e]) + residual.values[e];
   }
-  return store_quad(static_cast<T*>(op.y) + at, sums, p.vector_outputs, count);
+  if (op.activation == Activation::kRelu) activate<Activation::kRelu>(sums);
+  if (op.activation == Activation::kHswish) activate<Activation::kHswish>(sums);
+  return store_quad(static_cast<T*>(op.y) + at, sums, p.vector_outputs, affine.count);
 }
 
 constexpr int kPassPixels = 64;
@@ -119,18 +138,27 @@ constexpr int kStagingRow = kTileOutputs + 8;  // four rows of eight floats, wha
                                                // in different banks
 using StagingTile = float[kPassPixels][kStagingRow];
 
+// A thread keeps to four outputs and walks down the pixels, so that what belongs to outputs stays in
+// registers; 16 of the 256 threads have none.
 template <class T>
 PFNAS_DEVICE void finish_pass(const PointwiseTileParams& p, const TilePosition& at, int pass,
                               StagingTile& staging) {
-  constexpr int kQuads = kTileOutputs / kQuad;
-  for (int i = static_cast<int>(threadIdx.x); i < kPassPixels * kQuads; i += kPointwiseThreads) {
-    const int row = i / kQuads, column = i % kQuads * kQuad;
-    const std::int64_t pixel = at.first_pixel + pass * kPassPixels + row;
-    const std::int64_t output = at.first_output + column;
-    if (pixel >= p.op.num_pixels || output >= p.op.out_channels) continue;
+  constexpr int kQuads = kTileOutputs / kQuad, kRows = kPointwiseThreads / kQuads;
+  const int first = static_cast<int>(threadIdx.x) / kQuads;
+  const int column = static_cast<int>(threadIdx.x) % kQuads * kQuad;
+  const std::int64_t output = at.first_output + column;
+  if (first >= kRows || output >= p.op.out_channels) return;
+  const QuadAffine affine = load_affine(p, output);
+  const std::int64_t first_pixel = at.first_pixel + pass * kPassPixels;
+  const std::int64_t left = p.op.num_pixels - first_pixel;
+  const int end = left < kPassPixels ? static_cast<int>(left) : kPassPixels;
+  std::int64_t target = (first_pixel + first) * p.op.out_channels + output;
+  PFNAS_ROLLED_LOOP
+  for (int row = first; row < end; row += kRows) {
     const auto sums = load_vector<Quad<float>>(&staging[row][column]);
-    const Quad<float> stored = finish_quad<T>(p, pixel, output, sums);
+    const Quad<float> stored = finish_quad<T>(p, affine, target, sums);
     if (p.partial_moments != nullptr) store_vector(&staging[row][column], stored);
+    target += kRows * p.op.out_channels;
   }
 }
 
