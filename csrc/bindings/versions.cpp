@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whether any of many tensors has been written to. torch counts the in-place writes of each tensor; reading
-// 500 of these counters from Python takes longer than preparing a path, and every call needs them.
+// Whether any of many tensors has been written to, or replaced. torch counts the in-place writes of each
+// tensor; reading 500 of these counters from Python takes longer than preparing a path, and every call needs
+// them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -42,12 +44,36 @@ class VersionSum {
   descrgetfunc read_;
 };
 
+// Whether entries of dictionaries still hold the objects that they held: 700 comparisons of a net take 25 us
+// in Python, and every call needs them.
+class SameEntries {
+ public:
+  using Entry = std::tuple<py::dict, py::object, py::object>;  // dictionary, key, value
+
+  explicit SameEntries(std::vector<Entry> entries) : entries_(std::move(entries)) {}
+
+  bool all() const {
+    for (const auto& [dict, key, value] : entries_) {
+      const PyObject* found = PyDict_GetItemWithError(dict.ptr(), key.ptr());
+      if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+      if (found != value.ptr()) return false;
+    }
+    return true;
+  }
+
+ private:
+  std::vector<Entry> entries_;
+};
+
 }  // namespace
 
 void register_versions(py::module_& m) {
   py::class_<VersionSum>(m, "VersionSum")
       .def(py::init<std::vector<py::object>, py::object>())
       .def("sum", &VersionSum::sum);
+  py::class_<SameEntries>(m, "SameEntries")
+      .def(py::init<std::vector<SameEntries::Entry>>())
+      .def("all", &SameEntries::all);
 }
 
 }  // namespace pfnas

@@ -52,12 +52,14 @@ class PackedWeights:
         self.max_mid_channels = {
             int(key): e["max_mid_channels"] for key, e in zip(keys, entries, strict=True)
         }
-        self._owners = [
-            (entries, name, value)
-            for module in self.modules
-            for entries in (module._parameters, module._buffers, module._modules)
-            for name, value in entries.items()
-        ]
+        self._owners = _C.SameEntries(
+            [
+                (entries, name, value)
+                for module in self.modules
+                for entries in (module._parameters, module._buffers, module._modules)
+                for name, value in entries.items()
+            ]
+        )
         self._versions = _versions_of(net)
         self.version = version
         self._running: Tensor | None = None
@@ -69,7 +71,7 @@ class PackedWeights:
 
     def is_of_same_parts(self) -> bool:
         """Whether every parameter, buffer and submodule is still the object that was packed."""
-        return all(entries.get(name) is value for entries, name, value in self._owners)
+        return self._owners.all()
 
     def folded(self, statistics: BNStatistics | None) -> Tensor:
         """Scales and shifts of every batch normalisation, one flat tensor; None: the running statistics."""
