@@ -10,28 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy_settings import TOY_SETTINGS
 
 import pfnas_fast as pf
 from pfnas_fast.run.job import open_job, run_all, run_stage, stage_names
 
 SETTINGS = [
+    *TOY_SETTINGS,
     "pretrain_steps=2",
     "pretrain_batch_size=4",
-    "warmup_steps=2",
-    "train_steps=8",
-    "batch_size=2",
     "checkpoint_every=2",
-    "labels_per_bin=4",
-    "num_bins=3",
-    "calib_images=4",
-    "filter_members=1",
-    "force_filter=true",
-    "search_iterations=2",
     "search_flood=500",
     "num_budgets=3",
     "candidates_per_budget=2",
-    "random_paths=2",
-    "backend=reference",
 ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from toy_settings import TOY_SETTINGS
 
 import pfnas_fast as pf
 from pfnas_fast.filter import Balanced
@@ -22,22 +23,12 @@ from pfnas_fast.train import Refresh
 from pfnas_fast.train.schedules import make_phases, refresh_steps
 
 SETTINGS = [
+    *TOY_SETTINGS,
     "pretrain=false",
-    "warmup_steps=2",
-    "train_steps=8",
-    "batch_size=2",
     "checkpoint_every=3",
-    "labels_per_bin=4",
-    "num_bins=3",
-    "calib_images=4",
-    "filter_members=1",
-    "force_filter=true",
-    "search_iterations=2",
     "search_flood=0",
     "num_budgets=2",
     "candidates_per_budget=1",
-    "random_paths=2",
-    "backend=reference",
 ]
 
 
