@@ -104,6 +104,9 @@ def test_normalize_matches_torchvision():
     theirs = TF.normalize(images.float() / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert ours.is_contiguous(memory_format=torch.channels_last)
+    planes = normalize(images, memory_format=torch.contiguous_format)
+    assert planes.is_contiguous()
+    assert torch.equal(planes, ours)
     with pytest.raises(InputError, match="normalize: expected uint8"):
         normalize(images.float())
 

@@ -281,7 +281,16 @@ def test_one_op_per_block_where_a_whole_path_may_not_be_compiled(batches, monkey
     by_layers = recalibrate(net, path, batches)
     assert len(calls) == len(batches)
     handle.remove()
-    for other in (by_blocks, by_layers):
+
+    def watched_from_the_second_batch():
+        yield batches[0]
+        handle = block.depth_conv.register_forward_hook(lambda *_: None)
+        yield from batches[1:2]
+        handle.remove()
+        yield from batches[2:]
+
+    mixed = recalibrate(net, path, watched_from_the_second_batch())
+    for other in (by_blocks, by_layers, mixed):
         for name, (mean, var) in compiled.layers.items():
             torch.testing.assert_close(other.layers[name][0], mean, rtol=1e-3, atol=1e-3, msg=name)
             torch.testing.assert_close(other.layers[name][1], var, rtol=1e-3, atol=1e-3, msg=name)

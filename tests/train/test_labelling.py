@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,19 @@ def test_statistics_are_per_path_and_leave_the_net_alone(
     ]
     assert len(different) > len(shared) / 2
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+def test_targets_kept_from_other_paths_change_nothing(net: pf.DetectionSupernet, toy_detection: Path) -> None:
+    """Three resolutions, batches of two, the last one short: losses as by an evaluator of its own."""
+    data = pf.load_detection(toy_detection, roles=pf.Roles(label=0.3, calib=8))
+    images = data.label.subset(range(5))
+    shared = pf.PathEvaluator(net, images, calib=data.calib, batch_size=2)
+    paths = [replace(net.space.min_path(), resolution=r) for r in net.space.resolutions]
+    for path in (*paths, *paths):
+        alone = pf.PathEvaluator(net, images, calib=data.calib, batch_size=2)
+        losses = shared.detect(path, with_loss=True)[1]
+        assert np.isfinite(losses).all()
+        assert losses == alone.detect(path, with_loss=True)[1]
 
 
 def test_evaluator_needs_calibration_images(net: pf.DetectionSupernet, toy_detection: Path) -> None:

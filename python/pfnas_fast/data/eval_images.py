@@ -70,6 +70,11 @@ class EvalImages:
         return len(self.dataset)
 
     @property
+    def is_cached(self) -> bool:
+        """Whether the images are kept."""
+        return self._images is not None
+
+    @property
     def images(self) -> Tensor:
         """All images, uint8 [N, 3, height, width]."""
         if self._images is None:

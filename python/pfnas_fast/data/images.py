@@ -120,14 +120,16 @@ def shrink_to(image: Tensor, canvas: tuple[int, int], factor: float) -> Tensor:
     return resize(image, (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[2] * scale))))
 
 
-def normalize(images: Tensor) -> Tensor:
-    """Model input: float32, ImageNet mean and standard deviation, channels_last.
+def normalize(images: Tensor, *, memory_format: torch.memory_format = torch.channels_last) -> Tensor:
+    """Model input: float32, ImageNet mean and standard deviation.
 
     Args:
         images: uint8 RGB, [N, 3, H, W].
+        memory_format: Layout of the result. Layers of torch want channels_last; what `prepare` compiles reads
+            any, ``torch.contiguous_format`` fastest.
 
     Returns:
-        float32 [N, 3, H, W], memory format channels_last.
+        float32 [N, 3, H, W], the same numbers in every layout.
 
     Raises:
         InputError: `images` is not uint8 [N, 3, H, W].
@@ -144,8 +146,9 @@ def normalize(images: Tensor) -> Tensor:
     offset = torch.tensor([-m / s for m, s in zip(_MEAN, _STD, strict=True)], device=images.device).view(
         1, 3, 1, 1
     )
-    out = images.to(torch.float32, memory_format=torch.channels_last)
-    return out.mul_(gain).add_(offset)
+    # Plane by plane, where torch works in vectors; over channels_last it goes number by number.
+    out = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return out.mul_(gain).add_(offset).contiguous(memory_format=memory_format)
 
 
 def resize_batch(

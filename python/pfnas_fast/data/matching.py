@@ -265,15 +265,20 @@ def _iou(boxes: np.ndarray, truths: np.ndarray, crowd: np.ndarray) -> np.ndarray
 def _curves(matches: _ClassMatches, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean precision [4, 10] and recall at 1 / 10 / 100 detections [4, 10, 3]; NaN without ground truth."""
     keep = np.repeat(np.arange(len(matches.image)), times[matches.image])
-    hit, false, rank = matches.hit[..., keep], matches.false[..., keep], matches.rank[keep]
     positives = (matches.positives * times).sum(1)  # [4]
+    known = positives > 0
+    hit, rank = matches.hit[..., keep], matches.rank[keep]
     ap = np.full(hit.shape[:2], np.nan)
     ar = np.full((*hit.shape[:2], len(_MAX_DETECTIONS)), np.nan)
-    known = positives > 0
+    # Recall rises at hits alone, and the envelope of precision is constant between them: only the columns
+    # with a hit in any area at any threshold count.
+    columns = np.flatnonzero(hit.any((0, 1)))
+    hit, rank = hit[..., columns], rank[columns]
     for i, limit in enumerate(_MAX_DETECTIONS):
         ar[known, :, i] = hit[known][..., rank < limit].sum(-1) / positives[known, None]
+    wrong = np.cumsum(matches.false[..., keep], -1, dtype=np.int32)[..., columns]
     hits = np.cumsum(hit, -1, dtype=np.float64)
-    precision = hits / (hits + np.cumsum(false, -1, dtype=np.float64) + np.spacing(1))
+    precision = hits / (hits + wrong + np.spacing(1))
     envelope = np.maximum.accumulate(precision[..., ::-1], axis=-1)[..., ::-1]
     for area in np.flatnonzero(known):
         recall = hits[area] / positives[area]

@@ -120,7 +120,9 @@ class Detector(PreparableMixin[DetectorOutput]):
                 "predict: expected a detector in eval mode, got one in training mode (call eval() first)"
             )
         canvas, scale = letterbox(image, self.canvas)
-        batch = normalize(canvas[None].to(next(self.parameters()).device))
+        device = next(self.parameters()).device
+        layout = torch.contiguous_format if device.type == "cpu" else torch.channels_last
+        batch = normalize(canvas[None].to(device), memory_format=layout)
         output = self._run_prepared(batch, self.path)
         (found,) = postprocess(
             self.dense(batch) if output is None else output,

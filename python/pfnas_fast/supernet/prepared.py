@@ -20,7 +20,7 @@ from pfnas_fast.ops._library import _C
 from pfnas_fast.space import BlockSpec, Path, Space, se_channels
 from pfnas_fast.supernet.layers import DynamicBatchNorm2d
 from pfnas_fast.supernet.packing import Packer
-from pfnas_fast.supernet.recalibration import BNStatistics
+from pfnas_fast.supernet.recalibration import BNStatistics, LayerMoments
 
 Output = TypeVar("Output")
 _CACHED_PATHS = 256
@@ -286,28 +286,28 @@ class PreparableMixin(nn.Module, Generic[Output]):
         subnet = self._prepare(packed, path, None if statistics is None else BNStatistics(statistics))
         return self._finish_prepared(images, subnet._compiled)  # the weights were compared above
 
-    def _calibrate_prepared(self, images: Tensor, path: Path) -> list[tuple[str, int, Tensor, Tensor]] | None:
+    def _calibrate_prepared(
+        self, images: Tensor, path: Path
+    ) -> tuple[list[LayerMoments], Tensor, Tensor] | None:
         """Moments of one batch in every layer that the path uses, each normalised with them.
 
         Returns:
-            (module name, values per channel, mean, unbiased variance) per layer, float32 [C] each; None where
-            `_run_prepared` would give None.
+            Which layers have moments, and where in the mean and the unbiased variance, float32 [all
+            channels]; other places hold any number. None where `_run_prepared` would give None.
         """
         packed = self._packed_for(images) if self.backbone.backend == "fast" else None
         if packed is None or images.shape[0] == 0:
             return None
         folded = torch.full((packed.folded_size,), torch.nan)
-        mean, var = torch.empty_like(folded), torch.empty_like(folded)
+        mean, var = torch.zeros_like(folded), torch.zeros_like(folded)
         subnet = _C.Subnet(packed.compiled, _choices(self.space, packed, path), folded)
-        return [
-            (
-                packed.norm_names[index],
-                count,
-                mean.narrow(0, packed.norm_places[index], channels),
-                var.narrow(0, packed.norm_places[index], channels),
+        layers = [
+            LayerMoments(
+                packed.norm_names[index], count, place := packed.norm_places[index], place + channels
             )
             for index, count, channels in subnet.calibrate(images, mean, var)
         ]
+        return layers, mean, var
 
     def _packed_for(self, images: Tensor) -> PackedWeights | None:
         """The packed weights, if compiled code may stand in for the layers on these images."""

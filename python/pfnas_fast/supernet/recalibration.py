@@ -17,7 +17,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,26 +79,70 @@ class BNStatistics:
 
 @dataclass
 class _Pool:
-    """Running mean and sum of squared deviations over all values seen, float64 [C] (Chan et al., 1979)."""
+    """Running mean and sum of squared deviations over all values seen, float64 [C] (Chan et al., 1979).
 
-    count: int = 0
+    Counts are numbers, or float64 [C] where channels have seen different numbers of values.
+    """
+
+    count: int | Tensor = 0
     mean: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     deviation: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
-    def add(self, count: int, mean: Tensor, unbiased_var: Tensor) -> None:
-        mean = mean.double()
+    def add(self, count: int | Tensor, mean: Tensor, unbiased_var: Tensor) -> None:
+        self.merge(count, mean.double(), unbiased_var.double() * (count - 1))
+
+    def merge(self, count: int | Tensor, mean: Tensor, deviation: Tensor) -> None:
         delta = mean - self.mean.to(mean.device)
         total = self.count + count
         self.mean = self.mean.to(mean.device) + delta * (count / total)
         self.deviation = (
-            self.deviation.to(mean.device)
-            + unbiased_var.double() * (count - 1)
-            + delta * delta * (self.count * count / total)
+            self.deviation.to(mean.device) + deviation + delta * delta * (self.count * count / total)
         )
         self.count = total
 
     def result(self) -> tuple[Tensor, Tensor]:
         return self.mean.float(), (self.deviation / self.count).float()
+
+
+class LayerMoments(NamedTuple):
+    """Where one layer's moments stand in the vectors of all layers' moments.
+
+    Attributes:
+        name: Module name.
+        count: Values per channel of this batch.
+        start: Place of the first channel.
+        stop: Behind the last.
+    """
+
+    name: str
+    count: int
+    start: int
+    stop: int
+
+
+@dataclass
+class _JointPool:
+    """Pools the moments of all layers of a path as one vector, as `_calibrate_prepared` hands them over."""
+
+    pool: _Pool = field(default_factory=_Pool)
+    layers: list[LayerMoments] = field(default_factory=list)
+    counts: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def add(self, layers: list[LayerMoments], mean: Tensor, unbiased_var: Tensor) -> None:
+        if layers != self.layers:
+            self.layers = layers
+            self.counts = torch.ones(mean.shape, dtype=torch.float64)
+            for layer in layers:
+                self.counts[layer.start : layer.stop] = layer.count
+        self.pool.add(self.counts, mean, unbiased_var)
+
+    def hand_over(self, collectors: Mapping[str, _Collector]) -> None:
+        for layer in self.layers:
+            assert isinstance(self.pool.count, Tensor)
+            of_layer = slice(layer.start, layer.stop)
+            collectors[layer.name].merge(
+                int(self.pool.count[layer.start]), self.pool.mean[of_layer], self.pool.deviation[of_layer]
+            )
 
 
 class _Collector(MomentsCollector):
@@ -127,9 +171,12 @@ class _Collector(MomentsCollector):
         return y
 
     def take(self, count: int, mean: Tensor, unbiased_var: Tensor) -> None:
+        self.merge(count, mean.double(), unbiased_var.double() * (count - 1))
+
+    def merge(self, count: int, mean: Tensor, deviation: Tensor) -> None:
         if self.pool is None:
             self.pool = _Pool()
-        self.pool.add(count, mean, unbiased_var)
+        self.pool.merge(count, mean, deviation)
 
 
 def dynamic_norms(model: nn.Module) -> dict[str, DynamicBatchNorm2d]:
@@ -152,9 +199,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             drop()  # what is trained changes its weights, which not every optimiser tells
 
 
-def _calibrate_compiled(
-    model: Any, images: Tensor, path: Path | None, collectors: Mapping[str, _Collector]
-) -> bool:
+def _calibrate_compiled(model: Any, images: Tensor, path: Path | None, pool: _JointPool) -> bool:
     """Measure one batch in one call; False: the model cannot, or something looks inside of it."""
     calibrate = getattr(model, "_calibrate_prepared", None)
     if calibrate is None:
@@ -162,13 +207,14 @@ def _calibrate_compiled(
     measured = calibrate(images, model.active_path if path is None else path)
     if measured is None:
         return False
-    for name, count, mean, var in measured:
-        if count < 2:
+    layers, mean, unbiased_var = measured
+    for layer in layers:
+        if layer.count < 2:
             raise InputError(
                 f"recalibrate: expected batches with more than one value per channel for batches, got input "
-                f"{tuple(images.shape)}, one value at {name}"
+                f"{tuple(images.shape)}, one value at {layer.name}"
             )
-        collectors[name].take(count, mean, var)
+    pool.add(layers, mean, unbiased_var)
     return True
 
 
@@ -243,14 +289,15 @@ def recalibrate_paths(
     if not norms:
         raise InputError(f"recalibrate: expected a model with DynamicBatchNorm2d, got {type(model).__name__}")
     collectors = [{name: _Collector(name) for name in norms} for _ in paths]
+    joint = [_JointPool() for _ in paths]
     previous = {name: norm.collector for name, norm in norms.items()}
     num_batches = 0
     with torch.no_grad(), _evaluation_mode(model):
         try:
             for images in batches:
                 num_batches += 1
-                for path, of_path in zip(paths, collectors, strict=True):
-                    if forward is None and _calibrate_compiled(model, images, path, of_path):
+                for path, of_path, pool in zip(paths, collectors, joint, strict=True):
+                    if forward is None and _calibrate_compiled(model, images, path, pool):
                         continue
                     for name, norm in norms.items():
                         norm.collector = of_path[name]
@@ -260,6 +307,8 @@ def recalibrate_paths(
                 norm.collector = previous[name]
     if num_batches == 0:
         raise InputError("recalibrate: expected at least one batch for batches, got none")
+    for of_path, pool in zip(collectors, joint, strict=True):
+        pool.hand_over(of_path)
     return [
         BNStatistics({n: c.pool.result() for n, c in of_path.items() if c.pool is not None})
         for of_path in collectors

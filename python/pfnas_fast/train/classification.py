@@ -26,6 +26,7 @@ from pfnas_fast.space import CostModel, Path
 from pfnas_fast.supernet import ClassificationSupernet, recalibrate, use_statistics
 from pfnas_fast.train.distributed import rank_and_size
 from pfnas_fast.train.engine import Progress, Teacher, TrainOptions, describe, fit
+from pfnas_fast.train.evaluate import model_input
 
 _LABEL_SMOOTHING = 0.1
 _EVAL_BATCH = 64
@@ -122,15 +123,15 @@ def classification_accuracy(
 ) -> float:
     """Top-1 accuracy of one path on the validation images, BN recalibrated on training images first."""
     canvas = net.space.canvas(path.resolution)
-    device = next(net.parameters()).device
     calib = data.train.subset(range(min(num_calib, len(data.train))))
     batches = EvalImages(calib, canvas, fit="crop").batches(_EVAL_BATCH)
-    statistics = recalibrate(net, path, (normalize(batch.to(device)) for batch in batches))
+    backend = net.backbone.backend
+    statistics = recalibrate(net, path, (model_input(net, backend, batch) for batch in batches))
     labels = torch.as_tensor(data.val.labels)
     predicted = []
     with use_statistics(net, statistics):
         for batch in EvalImages(data.val, canvas, fit="crop").batches(_EVAL_BATCH):
-            predicted.append(net(normalize(batch.to(device)), path).argmax(1).cpu())
+            predicted.append(net(model_input(net, backend, batch), path).argmax(1).cpu())
     return float((torch.cat(predicted) == labels).float().mean())
 
 

@@ -4,9 +4,18 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from pfnas_fast.data import DetectionDataset, EvalImages, Evaluator, Matches, Target, normalize
-from pfnas_fast.detection import Detection, DetectionSupernet, DetectorOutput, detection_loss, postprocess
+from pfnas_fast.detection import (
+    Assignment,
+    Detection,
+    DetectionSupernet,
+    DetectorOutput,
+    assign_targets,
+    detection_loss,
+    postprocess,
+)
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import Path
 from pfnas_fast.supernet import BNStatistics, recalibrate, use_statistics
@@ -62,6 +71,7 @@ class PathEvaluator:
         self.macs_t = 0.0
         self._images: dict[tuple[str, int], EvalImages] = {}
         self._statistics: dict[Path, BNStatistics] = {}
+        self._assignments: dict[tuple[tuple[int, int], int], Assignment] = {}
 
     def statistics(self, path: Path) -> BNStatistics:
         """BatchNorm statistics of `path`, pooled over the calibration images (float32 [C] each)."""
@@ -117,9 +127,21 @@ class PathEvaluator:
             part = DetectorOutput(
                 output.logits[rows], output.ltrb[rows], output.centerness[rows], output.grid
             )
-            targets = [self._target(start + i, images) for i in range(parity, len(output.logits), 2)]
-            if targets:
-                values.append(float(detection_loss(part, targets)["total"]))
+            if len(part.logits):
+                values.append(
+                    float(detection_loss(part, self._assignment(part, start + parity, images))["total"])
+                )
+
+    def _assignment(self, part: DetectorOutput, first: int, images: EvalImages) -> Assignment:
+        """The targets of every second image from `first` on, laid out; kept where the images are."""
+        key = (images.canvas, first)
+        found = self._assignments.get(key)
+        if found is None:
+            targets = [self._target(first + 2 * i, images) for i in range(len(part.logits))]
+            found = assign_targets(part.grid, targets)
+            if images.is_cached:
+                self._assignments[key] = found
+        return found
 
     def _cached(self, role: str, dataset: DetectionDataset, resolution: int) -> EvalImages:
         key = (role, resolution)
@@ -127,12 +149,20 @@ class PathEvaluator:
             self._images[key] = EvalImages(dataset, self.net.space.canvas(resolution))
         return self._images[key]
 
+    def _to_input(self, images: torch.Tensor) -> torch.Tensor:
+        return model_input(self.net, self.net.backbone.backend, images)
+
     def _target(self, index: int, images: EvalImages) -> Target:
         target, scale = self.dataset.target(index), images.scales[index]
         return Target(target.boxes * scale, target.labels, target.ignore_boxes * scale)
 
-    def _to_input(self, images: torch.Tensor) -> torch.Tensor:
-        return normalize(images.to(next(self.net.parameters()).device))
+
+def model_input(net: nn.Module, backend: str, images: torch.Tensor) -> torch.Tensor:
+    """uint8 images [N, 3, H, W] as `net` wants them in evaluation: on its device, in its fastest layout."""
+    device = next(net.parameters()).device
+    is_compiled = device.type == "cpu" and backend == "fast"
+    layout = torch.contiguous_format if is_compiled else torch.channels_last
+    return normalize(images.to(device), memory_format=layout)
 
 
 def _mean(values: list[float]) -> float:
