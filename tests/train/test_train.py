@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -96,6 +97,23 @@ def test_successive_calls_on_one_run_have_checkpoints_of_their_own(
     for steps in (2, 3):
         assert _train(_net(), data, run, steps=steps)["steps"] == steps
     assert [run.load(stage)["step"] for stage in ("train", "train-2")] == [2, 3]
+
+
+def test_two_calls_share_a_curve_of_the_learning_rate(toy_detection: Path, tmp_path: Path) -> None:
+    data, run, net = pf.load_detection(toy_detection), pf.Run(tmp_path), _net()
+    _train(net, data, run, steps=2, stage="first", steps_after=4)
+    _train(net, data, run, steps=4, stage="second", steps_before=2)
+    _train(_net(), data, run, steps=6, stage="whole")
+    lines = [json.loads(line) for line in run.path("log.jsonl").read_text().splitlines()]
+    first, second, whole = (
+        [line["learning_rate"] for line in lines if line["event"] == "step" and line["stage"] == stage]
+        for stage in ("first", "second", "whole")
+    )
+    assert (first, second) == ([1e-3], whole)  # logged at the last step of each
+    with pytest.raises(pf.InputError, match="at least 0 for steps_before, got -1"):
+        _train(net, data, None, steps_before=-1)
+    with pytest.raises(pf.InputError, match="one phase with steps_before or steps_after, got 'progressive'"):
+        _train(net, data, None, schedule="progressive", steps_after=1)
 
 
 def test_progressive_on_one_width_without_a_teacher(

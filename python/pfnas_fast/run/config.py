@@ -17,6 +17,7 @@ SCHEDULES = ("sandwich", "progressive", "single")
 SAMPLERS = ("uniform", "balanced", "bestup", "random_prune", "filter_unconditioned", "path_filter")
 LABELLINGS = ("stratified", "active")
 OPTIMIZERS = ("sgd", "adamw")
+RATE_CURVES = ("stages", "joint")
 BACKENDS = ("fast", "reference")
 DEVICES = ("cpu", "cuda")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -79,6 +80,7 @@ class RunConfig:
     batch_size: int = 8
     optimizer: str = "adamw"
     learning_rate: float = 1e-2
+    rate_curve: str = "stages"  # of the learning rate: S2 and S6 have one each; "joint": one over both
     weight_decay: float = 0.02
     distill_after: float = 0.2
     distill_weight: float = 1.0
@@ -107,6 +109,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("sampler", self.sampler, SAMPLERS)
+        _check_choice("rate_curve", self.rate_curve, RATE_CURVES)
         _check_choice("labelling", self.labelling, LABELLINGS)
         _check_choice("backend", self.backend, BACKENDS)
         _check_choice("pretrain_optimizer", self.pretrain_optimizer, OPTIMIZERS)
@@ -154,6 +157,11 @@ class RunConfig:
     def uses_filter(self) -> bool:
         """Whether training after the warm-up is steered by a filter (so labels come before S6, not after)."""
         return self.sampler in ("path_filter", "filter_unconditioned", "bestup")
+
+    @property
+    def joins_rate_curves(self) -> bool:
+        """Whether S6 goes on where the warm-up left the learning rate; phases keep curves of their own."""
+        return self.uses_filter and self.rate_curve == "joint" and self.schedule != "progressive"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

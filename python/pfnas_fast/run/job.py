@@ -216,7 +216,10 @@ def run_transfer(job: Job) -> None:
 def run_warmup(job: Job) -> None:
     """S2: train over the whole space with budget-balanced paths, so that labels mean something."""
     check_images(job.data.fit)
-    _train(job, job.load_net("transfer"), Balanced(job.space), "warmup", "sandwich", job.config.warmup_steps)
+    config = job.config
+    after = training_steps(config, job.cost)["train"] if config.joins_rate_curves else 0
+    net, sampler = job.load_net("transfer"), Balanced(job.space)
+    _train(job, net, sampler, "warmup", "sandwich", config.warmup_steps, steps_after=after)
 
 
 def run_filter(job: Job) -> None:
@@ -266,7 +269,8 @@ def run_train(job: Job) -> None:
             config.warmup_steps + config.train_steps,
         )
         return
-    _train(job, job.load_net("warmup"), sampler, "train", config.schedule, config.train_steps)
+    net, before = job.load_net("warmup"), config.warmup_steps if config.joins_rate_curves else 0
+    _train(job, net, sampler, "train", config.schedule, config.train_steps, steps_before=before)
     if rank_and_size()[0] != 0:
         return
     labels = measure_drift(job)
@@ -328,7 +332,13 @@ def training_steps(config: RunConfig, cost: CostModel) -> dict[str, int]:
 
 
 def _train(
-    job: Job, net: DetectionSupernet, sampler: Sampler, stage: str, schedule: str, sandwich_steps: int
+    job: Job,
+    net: DetectionSupernet,
+    sampler: Sampler,
+    stage: str,
+    schedule: str,
+    sandwich_steps: int,
+    **place: int,
 ) -> None:
     config = job.config
     steps = equal_steps(schedule, job.cost, sampler, sandwich_steps, distill=config.distill_weight != 0)
@@ -354,6 +364,7 @@ def _train(
         stage=stage,
         progress=job.progress,
         refresh=refresh_of(job, sampler),
+        **place,
     )
 
 

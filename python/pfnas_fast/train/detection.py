@@ -41,6 +41,8 @@ def train(
     stage: str | None = None,
     progress: Progress | None = None,
     refresh: Refresh | None = None,
+    steps_before: int = 0,
+    steps_after: int = 0,
 ) -> dict[str, float]:
     """Train the shared weights of all paths, in place.
 
@@ -54,7 +56,7 @@ def train(
         optimizer: "adamw" or "sgd" (Nesterov momentum 0.9).
         learning_rate: Peak of the cosine.
         weight_decay: Of convolution weights.
-        distill_after: Fraction of the steps without distillation.
+        distill_after: Fraction of the steps without distillation, of the whole training.
         distill_weight: Factor of the distillation loss; 0 switches it off, and no teacher runs.
         ema_decay: Decay per step of the weight average.
         augmentation: Default: `Augmentation()`.
@@ -67,6 +69,9 @@ def train(
             on the same `Run` object are "train-2", "train-3", ... in the order of the calls.
         progress: Called as `progress(stage, step, steps, {"loss": ...})` after each step.
         refresh: What to do in mid-training, to the sampler above all (`pfnas_fast.train.Refresh`).
+        steps_before: Steps that an earlier call has made of the same training: this one goes on in the middle
+            of the learning rate's curve. For schedules of one phase.
+        steps_after: Steps that a later call will make of it: this one ends in the middle of the curve.
 
     Returns:
         `{"steps", "macs_t", "seconds"}`: steps made, MACs executed in 10^12 (forward + backward = 3 forward
@@ -89,6 +94,9 @@ def train(
         2
     """
     _check(net, dataset, steps, batch_size)
+    for name, value in (("steps_before", steps_before), ("steps_after", steps_after)):
+        if value < 0:
+            raise InputError(f"train: expected at least 0 for {name}, got {value!r}")
     seed = run.seed if run is not None else seed
     if stage is None:
         stage = run.next_name("train") if run is not None else "train"
@@ -109,6 +117,8 @@ def train(
         describe(sampler),
         describe(augmentation),
         0 if refresh is None else refresh.num_times,
+        steps_before,
+        steps_after,
     )
     task = _DetectionTask(net, dataset, options, augmentation, num_workers)
     return fit(

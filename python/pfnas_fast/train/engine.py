@@ -97,6 +97,13 @@ class TrainOptions:
     sampler: str  # which, and with what settings
     augmentation: str
     num_refreshes: int = 0
+    steps_before: int = 0  # of the same training, made in an earlier stage
+    steps_after: int = 0  # ... and in a later one
+
+    @property
+    def whole_steps(self) -> int:
+        """Steps that one curve of the learning rate spans."""
+        return self.steps_before + self.num_steps + self.steps_after
 
     @property
     def stream_seed(self) -> int:
@@ -162,6 +169,11 @@ def fit(
             checkpoint was made with others.
     """
     phases = make_phases(options.schedule, cost.space, options.num_steps, distill=options.distill_weight != 0)
+    if len(phases) > 1 and options.whole_steps != options.num_steps:
+        raise InputError(
+            "train: expected a schedule of one phase with steps_before or steps_after, "
+            f"got {options.schedule!r}"
+        )
     saved = _load(run, options)
     if saved is not None and saved["finished"]:
         net.load_state_dict(saved["model"])
@@ -218,7 +230,8 @@ def _load(run: Run | None, options: TrainOptions) -> dict[str, Any] | None:
     if run is None or not run.has_checkpoint(options.stage):
         return None
     saved = run.load(options.stage)
-    old = {"num_refreshes": 0, **saved.get("options", {})}  # earlier versions knew no refreshes
+    earlier = {"num_refreshes": 0, "steps_before": 0, "steps_after": 0}  # which earlier versions did not have
+    old = {**earlier, **saved.get("options", {})}
     for key, value in options.to_dict().items():
         if old.get(key) != value:
             raise InputError(
@@ -292,7 +305,9 @@ def _train_phase(
             clock = time.perf_counter()  # what the refresh takes is written down by itself
         torch.manual_seed(options.stream_seed + step * size + rank)
         paths = plan_paths(phase, cost.space, sampler, options.stream_seed, step)
-        rate = learning_rate_at(step - begin, phase.num_steps, options.learning_rate * phase.rate_scale)
+        whole = options.steps_before + phase.num_steps + options.steps_after
+        place = options.steps_before + step - begin
+        rate = learning_rate_at(place, whole, options.learning_rate * phase.rate_scale)
         set_learning_rate(state.optimizer, rate)
         net.train()
         state.optimizer.zero_grad(set_to_none=True)
@@ -318,7 +333,8 @@ def _train_phase(
 
 def _teacher_at(step: int, phase: Phase, state: _LoopState, options: TrainOptions) -> Teacher:
     """Distillation starts after a fifth of the steps: a teacher that knows nothing does harm."""
-    started = phase.teacher == "frozen" or step >= options.distill_after * options.num_steps
+    place = options.steps_before + step
+    started = phase.teacher == "frozen" or place >= options.distill_after * options.whole_steps
     if phase.teacher == "none" or not started or options.distill_weight == 0:
         return Teacher("none", None, 0.0)
     return Teacher(phase.teacher, state.teacher_net, options.distill_weight)
