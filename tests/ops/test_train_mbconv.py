@@ -233,6 +233,55 @@ def test_nothing_is_kept_without_gradients() -> None:
     assert sizes[1] == 3 * (2 * 24 + 8) < sizes[0]
 
 
+def test_gradients_are_written_beyond_the_part_in_use(tier: str) -> None:
+    """Uninitialised memory is filled with NaN, so that what nobody writes shows."""
+    case = Case(2, 17, 49, 18, 4, 3, kernel_size=3, se=9, spare=3)
+    expected = Arguments(case).gradients(train_mbconv)[2]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore
+        grads = Arguments(case).gradients(train_mbconv)[2]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, grad in grads.items():
+        wanted = expected[name]
+        assert grad is not None, name
+        assert wanted is not None, name
+        assert torch.equal(grad, wanted), name
+    for name, used in (("expand", (49, 17)), ("project", (18, 49)), ("w1", (9, 49)), ("w2", (49, 9))):
+        grad = grads[name]
+        assert grad is not None
+        assert not grad[used[0] :].any(), name
+        assert not grad[:, used[1] :].any(), name
+        assert grad[: used[0], : used[1]].any(), name
+
+
+class Witness(TorchDispatchMode):
+    """Counts the calls of ops of this package; its presence takes them through the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "pfnas_fast":
+            self.seen.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def test_calls_with_and_without_the_dispatcher_agree() -> None:
+    direct = Arguments(CASES[2]).gradients(train_mbconv)
+    with Witness() as witness:
+        watched = Arguments(CASES[2]).gradients(train_mbconv)
+    assert witness.seen == ["train_mbconv", "train_mbconv_backward"]
+    assert torch.equal(direct[0], watched[0])
+    assert torch.equal(direct[1], watched[1])
+    for name, grad in direct[2].items():
+        other = watched[2][name]
+        assert (grad is None) == (other is None), name
+        assert grad is None or other is None or torch.equal(grad, other), name
+
+
 def assert_as_good_as_torch(make: Any) -> None:
     """Errors against float64 of at most four times those of the twin in float32, or 1e-5 (gradients 1e-4)."""
     ours, torchs, exact = make(), make(), make().double()

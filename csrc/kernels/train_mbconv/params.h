@@ -65,7 +65,8 @@ struct TrainMBConvParams {
   float* hidden = nullptr;     // [R / 16][N][16] after its ReLU
   float* gate = nullptr;       // [Ce / 16][N][16] in [0, 1]
 
-  // Backward only. Weight gradients have the full weights' strides and arrive as zeros.
+  // Backward only. Weight gradients have the full weights' strides; bank and matrices arrive as zeros,
+  // the others are written.
   const float* grad_y = nullptr;   // [N, Ho, Wo, Co]
   float* grad_x = nullptr;         // [N, H, W, Ci] or null: not wanted
   float* grad_expand = nullptr;    // as expand_weight

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batch normalisation by the moments of the batch and the activation behind it as one op (arXiv:1502.03167).
 
-Call path: `batch_norm_act` checks -> torch.ops.pfnas_fast.batch_norm_act -> `_forward` allocates -> _C.
-Autograd calls torch.ops.pfnas_fast.batch_norm_act_backward. The op is functional: it returns the moments, and
-whoever owns running statistics moves them.
+Call path: `batch_norm_act` checks -> `Op` (through torch.ops.pfnas_fast.batch_norm_act where somebody may
+look) -> `_forward` allocates -> _C. Autograd calls `_backward` likewise. The op is functional: it returns the
+moments, and whoever owns running statistics moves them.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pfnas_fast.errors import InputError
+from pfnas_fast.ops._autograd import Op
 from pfnas_fast.ops._library import _C, LIBRARY
 from pfnas_fast.ops._memory import empty_channels_last
 
@@ -78,7 +79,7 @@ def batch_norm_act(
     if x.shape[0] * x.shape[2] * x.shape[3] < 2:
         raise InputError(_fail("more than one value per channel", "x", list(x.shape)))
     x = x.contiguous(memory_format=torch.channels_last)
-    return torch.ops.pfnas_fast.batch_norm_act(x, gamma, beta, _ACTIVATIONS[activation], eps)
+    return _OP(x, gamma, beta, _ACTIVATIONS[activation], eps)
 
 
 def _fail(expected: str, argument: str, got: object) -> str:
@@ -150,14 +151,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_y is None:
-        return (None,) * 5
-    need_x, *need = ctx.needs_input_grad[:3]
-    grad_x, *grads = torch.ops.pfnas_fast.batch_norm_act_backward(
-        grad_y, *ctx.saved_tensors, *ctx.options, need_x
-    )
-    wanted = (g if needed else None for g, needed in zip((grad_x, *grads), (need_x, *need), strict=True))
+def _arguments_of_backward(
+    ctx: Any, needed: tuple[bool, ...], grad_y: Tensor | None, _: Tensor | None
+) -> tuple[Any, ...] | None:
+    return None if grad_y is None else (grad_y, *ctx.saved_tensors, *ctx.options, needed[0])
+
+
+def _gradients(
+    _ctx: Any, needed: tuple[bool, ...], gradients: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    wanted = (g if want else None for g, want in zip(gradients, needed[:3], strict=True))
     return *wanted, None, None
 
 
@@ -168,12 +171,15 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]
     )
 
 
-LIBRARY.impl("batch_norm_act", _forward, "CPU")
-LIBRARY.impl("batch_norm_act_backward", _backward, "CPU")
+_OP = Op(
+    "batch_norm_act",
+    forward=_forward,
+    backward=_backward,
+    arguments_of_backward=_arguments_of_backward,
+    gradients=_gradients,
+    setup_context=_setup_context,
+)
 torch.library.register_fake("pfnas_fast::batch_norm_act", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("pfnas_fast::batch_norm_act_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autocast("pfnas_fast::batch_norm_act", "cpu", torch.float32, lib=LIBRARY)
-torch.library.register_autograd(
-    "pfnas_fast::batch_norm_act", _autograd, setup_context=_setup_context, lib=LIBRARY
-)
 torch.library.register_autograd("pfnas_fast::batch_norm_act_backward", _no_second_derivative, lib=LIBRARY)

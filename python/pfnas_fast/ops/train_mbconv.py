@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """An elastic inverted residual block in training mode as one op (arXiv:1905.02244, arXiv:1908.09791).
 
-Call path: `train_mbconv` checks -> torch.ops.pfnas_fast.train_mbconv -> `_forward` allocates outputs -> _C
-fills Params and runs every pass of the block. Autograd calls torch.ops.pfnas_fast.train_mbconv_backward. The
-op is functional: it returns the moments of the batch, and whoever owns running statistics moves them.
+Call path: `train_mbconv` checks -> `Op` (through torch.ops.pfnas_fast.train_mbconv where somebody may look)
+-> `_forward` allocates outputs -> _C fills Params and runs every pass of the block. Autograd calls
+`_backward` likewise. The op is functional: it returns the moments of the batch, and whoever owns running
+statistics moves them.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pfnas_fast.errors import InputError
+from pfnas_fast.ops._autograd import Op
 from pfnas_fast.ops._library import _C, LIBRARY
 from pfnas_fast.ops._memory import empty, empty_channels_last
 
@@ -137,7 +139,7 @@ def train_mbconv(
     _check_sizes(dict(zip(_NAMES, tensors, strict=True)), *options)
     x = x.contiguous(memory_format=torch.channels_last)
     keep = plan == "speed" and torch.is_grad_enabled()
-    y, _, _, _, moments, *_ = torch.ops.pfnas_fast.train_mbconv(x, *tensors[1:], *options, keep)
+    y, _, _, _, moments, *_ = _OP(x, *tensors[1:], *options, keep)
     return y, moments
 
 
@@ -309,7 +311,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _parameter_gradients(tensors: Sequence[Tensor | None], kernel_size: int) -> tuple[Tensor, ...]:
-    """Zeros like each parameter; [0] in place of those without a part."""
+    """Room for each parameter's gradient; [0] in place of those without a part."""
     x, bank = tensors[0], tensors[2]
     assert x is not None
     assert bank is not None
@@ -317,7 +319,7 @@ def _parameter_gradients(tensors: Sequence[Tensor | None], kernel_size: int) -> 
     absent[3] |= not (bank.shape[-1] == 7 and kernel_size < 7)
     absent[4] |= not (bank.shape[-1] > 3 and kernel_size == 3)
     return tuple(
-        x.new_empty(0) if no or tensor is None else tensor.new_zeros(tensor.shape)
+        x.new_empty(0) if no or tensor is None else tensor.new_empty(tensor.shape)
         for tensor, no in zip(tensors[1:], absent[1:], strict=True)
     )
 
@@ -350,17 +352,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)  # else autograd fills a zero gradient for every kept tensor
 
 
-def _autograd(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    num_options = len(ctx.options)
-    if grad_y is None:
-        return (None,) * (_NUM_TENSORS + num_options)
-    gradients = torch.ops.pfnas_fast.train_mbconv_backward(
-        grad_y, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[0]
-    )
-    wanted = zip(gradients, ctx.needs_input_grad[:_NUM_TENSORS], strict=True)
+def _arguments_of_backward(
+    ctx: Any, needed: tuple[bool, ...], grad_y: Tensor | None, *_: Tensor | None
+) -> tuple[Any, ...] | None:
+    return None if grad_y is None else (grad_y, *ctx.saved_tensors, *ctx.options, needed[0])
+
+
+def _gradients(
+    _ctx: Any, needed: tuple[bool, ...], gradients: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
     # A gradient of shape [0] stands for "no part in this call".
-    grads = (g if needed and (g.numel() or g.ndim > 1) else None for g, needed in wanted)
-    return *grads, *(None,) * num_options
+    wanted = zip(gradients, needed[:_NUM_TENSORS], strict=True)
+    grads = (g if want and (g.numel() or g.ndim > 1) else None for g, want in wanted)
+    return *grads, *(None,) * (len(needed) - _NUM_TENSORS)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -370,12 +374,15 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]
     )
 
 
-LIBRARY.impl("train_mbconv", _forward, "CPU")
-LIBRARY.impl("train_mbconv_backward", _backward, "CPU")
+_OP = Op(
+    "train_mbconv",
+    forward=_forward,
+    backward=_backward,
+    arguments_of_backward=_arguments_of_backward,
+    gradients=_gradients,
+    setup_context=_setup_context,
+)
 torch.library.register_fake("pfnas_fast::train_mbconv", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("pfnas_fast::train_mbconv_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autocast("pfnas_fast::train_mbconv", "cpu", torch.float32, lib=LIBRARY)
-torch.library.register_autograd(
-    "pfnas_fast::train_mbconv", _autograd, setup_context=_setup_context, lib=LIBRARY
-)
 torch.library.register_autograd("pfnas_fast::train_mbconv_backward", _no_second_derivative, lib=LIBRARY)

@@ -136,12 +136,14 @@ def move_running_statistics(norms: Sequence[nn.BatchNorm2d], widths: Sequence[in
     batch: list[Tensor] = []
     momenta: list[float] = []
     means, variances = moments[0].split(list(widths)), moments[1].split(list(widths))
+    counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)  # pyright: ignore[reportPrivateImportUsage]
     for norm, width, mean, variance in zip(norms, widths, means, variances, strict=True):
         if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
             continue  # track_running_stats=False
-        norm.num_batches_tracked.add_(1)
         momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-        running += [norm.running_mean.narrow(0, 0, width), norm.running_var.narrow(0, 0, width)]
+        running += [norm.running_mean[:width], norm.running_var[:width]]
         batch += [mean, variance]
         momenta.append(momentum)
     if len(set(momenta)) == 1:
