@@ -4,7 +4,9 @@
 ``python benchmarks/filter_quality.py --json`` prints a JSON list of rows ``{name, model, tau_within,
 tau_global, tau_local, regret, versus_best_low, ...}``. Protocol: 8 bins of equal population in MACs over the
 whole table; labels drawn alike from every bin; 20 draws, the same for every model; judged on the rows never
-seen in fitting. NAS-Bench-Macro: fitted on training run 1, judged on the mean of runs 2 and 3.
+seen in fitting. NAS-Bench-Macro has three training runs of every network: fitted on run 1, judged on the mean
+of runs 2 and 3; with ``--labels mean`` fitted and judged on the mean of all three, where the labels' noise is
+part of what is judged. A cell is ``table/labels``; other numbers of labels than the default's are possible.
 
 - ``tau_within``: mean over bins of Kendall's tau-b; ``tau_global``: over all rows; ``tau_local``: over the
   pairs within 10 % in MACs.
@@ -34,7 +36,9 @@ from pfnas_fast.filter.metrics import cost_bins, regret, tau_within_groups
 from pfnas_fast.filter.rivals import RIVALS, Rival
 
 NUM_BINS = 8
+TABLES = {"macro": "nas_bench_macro.csv.gz", "accel": "accel_nasbench.csv.gz"}
 CELLS = ("macro/100", "macro/500", "accel/100", "accel/500")
+LABELS = ("run1", "mean")
 # Conditioning, loss and labels of the networks alone, then the parts of the whole.
 NETWORKS: dict[str, Any] = {"network_share": 1.0}
 ABLATION: dict[str, dict[str, Any]] = {
@@ -73,15 +77,23 @@ class Table:
     bins: np.ndarray
 
 
-def load_table(folder: Path, name: str) -> Table:
-    """Read "macro" or "accel"; rows with an empty cell among accuracy and MACs are left out."""
-    file = {"macro": "nas_bench_macro.csv.gz", "accel": "accel_nasbench.csv.gz"}[name]
-    with gzip.open(folder / file, "rt", encoding="utf-8") as stream:
+def load_table(folder: Path, name: str, *, labels_from: str = "run1") -> Table:
+    """Read a table; rows with an empty cell among accuracy and MACs are left out.
+
+    Args:
+        folder: With the files of `TABLES`.
+        name: "macro" or "accel".
+        labels_from: Of macro: "run1" = labels from run 1, truth from runs 2 and 3; "mean" = both are the mean
+            of the three runs. accel has one run, which is both.
+    """
+    with gzip.open(folder / TABLES[name], "rt", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     if name == "macro":
         raw = np.array([[int(choice) for choice in row["arch"]] for row in rows])
         runs = np.array([[float(row[f"acc_run{run}"]) for run in (1, 2, 3)] for row in rows])
         labels, truth = runs[:, 0], runs[:, 1:].mean(1)
+        if labels_from == "mean":
+            labels = truth = runs.mean(1)
         macs_m = np.array([float(row["flops"]) for row in rows]) / 1e6
     else:
         rows = [row for row in rows if row["top1"] and row["macs_m"]]
@@ -197,12 +209,25 @@ class Results:
         return self.rows[key]
 
 
+def cell_name(text: str) -> str:
+    """Checked ``table/labels``."""
+    name, _, num_labels = text.partition("/")
+    if name not in TABLES or not num_labels.isdigit() or int(num_labels) < NUM_BINS:
+        raise argparse.ArgumentTypeError(
+            f"expected {' or '.join(TABLES)}, a slash and {NUM_BINS} labels or more (macro/100), got {text!r}"
+        )
+    return text
+
+
 def run_cell(
-    folder: Path, cell: str, *, num_draws: int, ablation: bool, kept: Results
+    folder: Path, cell: str, *, num_draws: int, ablation: bool, labels_from: str, kept: Results
 ) -> list[dict[str, Any]]:
-    """All models on one cell."""
+    """All models on one cell; measurements from other labels than run 1's are kept as ``cell, mean``."""
     name, num_labels = cell.split("/")
-    table = load_table(folder, name)
+    table = load_table(folder, name, labels_from=labels_from)
+    if int(num_labels) >= len(table.labels):
+        raise SystemExit(f"{cell}: expected fewer labels than the table's {len(table.labels)} rows")
+    cell = cell if labels_from == "run1" else f"{cell}, {labels_from}"
     makers = models_for(table, ablation=ablation)
     results: dict[str, list[dict[str, float]]] = {model: [] for model in makers}
     for draw in range(num_draws):
@@ -245,7 +270,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tables", type=Path, default=default, help="folder with the two .csv.gz files")
-    parser.add_argument("--cells", nargs="+", choices=CELLS, default=CELLS)
+    parser.add_argument("--cells", nargs="+", type=cell_name, metavar="TABLE/LABELS", default=CELLS)
+    parser.add_argument(
+        "--labels", choices=LABELS, default="run1", help="of macro: run 1, judged on the others, or the mean"
+    )
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument(
         "--ablation", action="store_true", help="parts and conditioning of the filter as well"
@@ -262,7 +290,12 @@ def main() -> None:
     try:
         for cell in options.cells:
             rows += run_cell(
-                options.tables, cell, num_draws=options.draws, ablation=options.ablation, kept=kept
+                options.tables,
+                cell,
+                num_draws=options.draws,
+                ablation=options.ablation,
+                labels_from=options.labels,
+                kept=kept,
             )
     except TimeoutError as stopped:
         sys.exit(str(stopped))
@@ -270,13 +303,13 @@ def main() -> None:
         print(json.dumps(rows, indent=1))
         return
     titles = f"{'within':>7} {'global':>7} {'local':>7} {'regret':>7} {'vs best rival':>18} {'fit s':>6}"
-    print(f"{'cell':10} {'model':33} {titles}")
+    print(f"{'cell':16} {'model':33} {titles}")
     for row in rows:
         interval = ""
         if row["versus_best_low"] is not None:
             interval = f"{row['versus_best_low']:+.4f} .. {row['versus_best_high']:+.4f}"
         numbers = " ".join(f"{row[key]:7.4f}" for key in ("tau_within", "tau_global", "tau_local", "regret"))
-        print(f"{row['name']:10} {row['model']:33} {numbers} {interval:>18} {row['fit_s']:6.2f}")
+        print(f"{row['name']:16} {row['model']:33} {numbers} {interval:>18} {row['fit_s']:6.2f}")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ import torch
 from toy_settings import TOY_SETTINGS
 
 import pfnas_fast as pf
-from pfnas_fast.filter import Balanced
+from pfnas_fast.filter import Balanced, Deferred, Filtered
 from pfnas_fast.run import job as job_module
 from pfnas_fast.run import refresh as refresh_module
 from pfnas_fast.run.finish import compute_ledger, search_filter
 from pfnas_fast.run.job import Job, open_job, run_stage, stage_names, train_sampler
-from pfnas_fast.run.refresh import filter_in_force, read_refreshes, refresh_of
+from pfnas_fast.run.refresh import filter_in_force, filter_verdict, pruned_space, read_refreshes, refresh_of
 from pfnas_fast.train import Refresh
 from pfnas_fast.train.schedules import make_phases, refresh_steps
 
@@ -164,6 +164,124 @@ def test_a_refused_refresh_keeps_the_earlier_filter(
     population = np.array(job.space.encode([job.space.min_path(), job.space.max_path()]))
     assert (flt.score(population) == job.load_filter().score(population)).all()
     assert file == "filter/thresholds.json"
+
+
+@pytest.fixture(scope="module")
+def refused_run(pruned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder before its training whose filter did not rank better than MACs."""
+    folder = tmp_path_factory.mktemp("refused") / "run"
+    shutil.copytree(pruned_run, folder)
+    run = pf.Run.open(folder)
+    text = run.path("config.yaml").read_text()
+    assert "force_filter: true" in text
+    run.path("config.yaml").write_text(text.replace("force_filter: true", "force_filter: false"))
+    report = run.read_json("filter/report.json")
+    run.write_json("filter/report.json", {**report, "filter_used": False, "reason": "S4 saw too little"})
+    return folder
+
+
+def _judge_refreshes(monkeypatch: pytest.MonkeyPatch, *verdicts: bool) -> None:
+    """Let the reports of the following refreshes come out as given."""
+    report, left = refresh_module.filter_report, list(verdicts)
+
+    def judge(*args: Any, **options: Any) -> dict[str, Any]:
+        verdict = left.pop(0)
+        return {**report(*args, **options), "use_filter": verdict, "reason": f"judged {verdict}"}
+
+    monkeypatch.setattr(refresh_module, "filter_report", judge)
+
+
+def test_a_refresh_switches_a_run_over_whose_filter_was_refused(
+    refused_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _judge_refreshes(monkeypatch, True, True)  # once in each folder: a finished refresh is not judged again
+    whole = _copy(refused_run, tmp_path / "whole")
+    sampler = train_sampler(whole)
+    assert isinstance(sampler, Deferred)
+    assert sampler.successor is None
+    balanced = Balanced(whole.space).bind(whole.cost).population_for_step(1, 0, 2)
+    assert (sampler.bind(whole.cost).population_for_step(1, 0, 2) == balanced).all()
+    run_stage(whole, "train")
+    (entry,) = read_refreshes(whole)
+    assert (entry["step"], entry["num_labels"], entry["filter_used"], entry["switched"]) == (4, 6, True, True)
+    assert whole.run.read_log("refresh")[-1]["switched"] is True
+    assert filter_verdict(whole) == (True, "S4 saw too little; used from step 4 on: judged True")
+    assert filter_in_force(whole)[1] == "filter/refresh_thresholds.json"
+
+    places = (("refresh", 2), ("train", 5), ("train", 7))
+    interrupt = Interrupt(*places)
+    for _ in places:
+        job = open_job(_copy_once(refused_run, tmp_path / "cut"))
+        job.progress = interrupt
+        with pytest.raises(Interruption):
+            run_stage(job, "train")
+    job = open_job(tmp_path / "cut")
+    run_stage(job, "train")
+    ends = [torch.load(tmp_path / name / "checkpoints" / "train.pt")["model"] for name in ("whole", "cut")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert _without_seconds(read_refreshes(job)[0]) == _without_seconds(entry)
+
+    # A resumed sampler draws what the sampler of the new filter draws, and explores as late as that does.
+    resumed = train_sampler(job).bind(job.cost)
+    assert isinstance(resumed, Deferred)
+    resumed.decay_steps = 8
+    refresh = refresh_of(job, resumed)
+    assert refresh is not None
+    refresh.call(0, 4, None)
+    expected = Filtered(
+        job.space, filter_in_force(job)[0], keep=job.config.keep, epsilon=job.config.epsilon, decay_steps=8
+    ).bind(job.cost)
+    drawn = resumed.population_for_step(1, 4, 40)
+    assert (drawn == expected.population_for_step(1, 4, 40)).all()
+    assert pruned_space(job).accept(drawn[-40:]).mean() > 0.8  # a third of balanced draws would be
+
+    run_stage(job, "search")
+    run_stage(job, "report")
+    report = job.run.read_json("report.json")
+    assert report["filter_used"]
+    assert report["filter_refreshes"][0]["switched"]
+
+
+def test_a_run_stays_balanced_while_every_filter_is_refused(
+    refused_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _judge_refreshes(monkeypatch, False)
+    ends = []
+    for name in ("one", "none"):
+        job = _copy(refused_run, tmp_path / name)
+        if name == "none":
+            text = job.run.path("config.yaml").read_text()
+            job.run.path("config.yaml").write_text(text.replace("filter_refreshes: 1", "filter_refreshes: 0"))
+            job = open_job(tmp_path / name)
+            assert type(train_sampler(job)) is Balanced
+        run_stage(job, "train")
+        ends.append(torch.load(job.run.folder / "checkpoints" / "train.pt")["model"])
+        assert filter_verdict(job)[0] is False
+        if name == "one":
+            (entry,) = read_refreshes(job)
+            assert (entry["filter_used"], entry["switched"]) == (False, False)
+            assert entry["reason"] == "judged False; sampling stays balanced"
+            assert job.run.read_json("filter/drift.json")["num"] == 6
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_later_refresh_may_still_switch_over(
+    refused_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _judge_refreshes(monkeypatch, False, True, False)
+    job = _copy(refused_run, tmp_path / "run")
+    text = job.run.path("config.yaml").read_text()
+    job.run.path("config.yaml").write_text(text.replace("filter_refreshes: 1", "filter_refreshes: 3"))
+    job = open_job(tmp_path / "run")
+    run_stage(job, "train")
+    entries = read_refreshes(job)
+    assert [(entry["filter_used"], entry["switched"]) for entry in entries] == [
+        (False, False),
+        (True, True),
+        (False, False),
+    ]
+    assert entries[2]["reason"] == "judged False; the earlier filter stays"
+    assert filter_in_force(job)[1] == "filter/refresh-2_thresholds.json"
 
 
 def test_there_is_nothing_to_refresh_without_a_filter(pruned_run: Path) -> None:

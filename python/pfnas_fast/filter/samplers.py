@@ -7,6 +7,7 @@ state alone, never on earlier calls, so a resumed training draws the same paths.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from pfnas_fast.errors import InputError
 from pfnas_fast.filter.exact import ExactSampler
 from pfnas_fast.filter.thresholds import BudgetThresholds, PathScorer, score_tau
 
-__all__ = ["Balanced", "BestUp", "Filtered", "RandomPrune", "Sampler", "Uniform"]
+__all__ = ["Balanced", "BestUp", "Deferred", "Filtered", "RandomPrune", "Sampler", "Uniform"]
 
 _STEP_STREAM = 0x5A3
 _STEPS_PER_BLOCK = 64
@@ -318,6 +319,71 @@ class RandomPrune(_Rejecting):
     def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
         """See `Sampler`."""
         return self._explore(rng, n, 0.0)
+
+
+class Deferred(Balanced):
+    """Balanced draws until a filter is accepted, then those of the sampler that is made of it.
+
+    Args:
+        space: The space.
+        make: Makes the later sampler of a filter.
+        decay_steps: Given to the later sampler where it explores (`Filtered`).
+        window: Relative width of the MACs window around a drawn budget.
+
+    Attributes:
+        successor: The later sampler; None before the first `refresh`.
+
+    Example:
+        >>> import numpy as np
+        >>> from pfnas_fast.filter import BestUp, Deferred
+        >>> from pfnas_fast.filter.rivals import MacsOnly
+        >>> from pfnas_fast.space import CostModel, load_space
+        >>> cost = CostModel(load_space("tiny"), num_classes=3)
+        >>> sampler = Deferred(cost.space, lambda flt: BestUp(cost.space, flt)).bind(cost)
+        >>> sampler.successor is None, sampler.refresh(MacsOnly()), type(sampler.successor).__name__
+        (True, {}, 'BestUp')
+    """
+
+    def __init__(
+        self,
+        space: Any,
+        make: Callable[[Any], Filtered | BestUp],
+        *,
+        decay_steps: int | None = None,
+        window: float = 0.02,
+    ) -> None:
+        super().__init__(space, window=window)
+        self.make = make
+        self.decay_steps = decay_steps
+        self.successor: Filtered | BestUp | None = None
+
+    def refresh(self, flt: PathScorer) -> dict[str, float]:
+        """Go on with an accepted filter.
+
+        Args:
+            flt: The filter.
+
+        Returns:
+            The drift, as the later sampler gives it; empty for the first filter, which has nothing before it.
+        """
+        self._require_bound()
+        self._blocks = {}
+        if self.successor is not None:
+            return self.successor.refresh(flt)
+        successor = self.make(flt)
+        if isinstance(successor, Filtered):
+            successor.decay_steps = self.decay_steps
+        self.successor = successor.bind(self.cost)
+        return {}
+
+    def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """See `Sampler`."""
+        return super().sample(rng, n) if self.successor is None else self.successor.sample(rng, n)
+
+    def _sample_steps(self, rng: np.random.Generator, steps: np.ndarray) -> np.ndarray:
+        if self.successor is None:
+            return super()._sample_steps(rng, steps)
+        return self.successor._sample_steps(rng, steps)
 
 
 class BestUp(Balanced):

@@ -94,7 +94,7 @@ class RunConfig:
     labels_per_bin: int = 16
     filter_members: int = 5
     labelling: str = "stratified"  # "active": half of them where a filter of the other half knows least
-    filter_refreshes: int = 1  # of S3 to S5 in the middle of S6, where a filter steers it
+    filter_refreshes: int = 1  # of S3 to S5 in mid-S6, evenly spaced; may accept a filter that S4 refused
     # S7, S8 and the report.
     num_budgets: int = 8
     max_macs_m: float | None = None

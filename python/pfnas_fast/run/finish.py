@@ -17,7 +17,7 @@ from pfnas_fast.report.plots import plot_front
 from pfnas_fast.run.finetune import finetune_front
 from pfnas_fast.run.job import Job
 from pfnas_fast.run.labels import ACTIVE_STAGE, join_labels, measure_drift, measure_label_sets, measure_labels
-from pfnas_fast.run.refresh import pruned_space, read_refreshes, refresh_labels
+from pfnas_fast.run.refresh import filter_verdict, pruned_space, read_refreshes, refresh_labels
 from pfnas_fast.search import EvolutionConfig, search
 from pfnas_fast.space import BudgetSampler, CostModel, Path
 from pfnas_fast.train import Labels, PathEvaluator, label_paths
@@ -54,7 +54,7 @@ def run_search(job: Job) -> None:
     )
     flt = search_filter(job)
     pruned = None
-    if config.sampler == "path_filter" and run.read_json("filter/report.json")["filter_used"]:
+    if config.sampler == "path_filter" and filter_verdict(job)[0]:
         pruned = pruned_space(job)
     net = job.load_net("train")
     front = search(
@@ -136,9 +136,7 @@ def run_report(job: Job) -> None:
     report["against_random"] = _against_random(front, on_test, random, on_random)
     report["spans"] = _spans(front, job.cost)
     report["macs_ap_correlation"] = _correlations(job)
-    filter_report = run.read_json("filter/report.json")
-    report["filter_used"] = filter_report["filter_used"]
-    report["filter_reason"] = filter_report["reason"]
+    report["filter_used"], report["filter_reason"] = filter_verdict(job)
     report["filter_refreshes"] = read_refreshes(job)
     report["compute"] = compute_ledger(job)
     if config.finetune_steps:

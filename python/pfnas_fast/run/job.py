@@ -37,11 +37,11 @@ from pfnas_fast.errors import InputError
 from pfnas_fast.filter import PathFilter
 from pfnas_fast.filter.metrics import tau_within_groups
 from pfnas_fast.filter.report import filter_report
-from pfnas_fast.filter.samplers import Balanced, BestUp, Filtered, RandomPrune, Sampler, Uniform
+from pfnas_fast.filter.samplers import Balanced, Deferred, Filtered, RandomPrune, Sampler, Uniform
 from pfnas_fast.run.config import RunConfig
 from pfnas_fast.run.folder import Run
 from pfnas_fast.run.labels import measure_drift, measure_labels, run_label
-from pfnas_fast.run.refresh import filter_in_force, refresh_of
+from pfnas_fast.run.refresh import filter_in_force, filtered_sampler, refresh_of
 from pfnas_fast.space import CostModel, Space, load_space
 from pfnas_fast.supernet import ClassificationSupernet
 from pfnas_fast.train import classification_accuracy, pretrain, train
@@ -288,7 +288,10 @@ def run_train(job: Job) -> None:
 
 
 def train_sampler(job: Job) -> Sampler:
-    """The sampler of S6; a filter that failed its own report gives way to `balanced`, and the run says so."""
+    """The sampler of S6; a filter that failed its own report gives way to `balanced`, and the run says so.
+
+    A refresh may bring a filter that passes: it takes over then.
+    """
     config, space = job.config, job.space
     if config.sampler == "uniform":
         return Uniform(space)
@@ -297,20 +300,20 @@ def train_sampler(job: Job) -> Sampler:
     if config.sampler == "random_prune":
         return RandomPrune(space, keep=config.keep, seed=config.seed)
     if not job.run.read_json("filter/report.json")["filter_used"]:
-        job.run.log(
-            "note", text="the filter does not rank better than MACs alone: training goes on with `balanced`"
-        )
-        return Balanced(space)
-    if config.sampler == "bestup":
-        return BestUp(space, job.load_filter(), num_candidates=max(2, round(1 / config.keep)))
-    return Filtered(space, job.load_filter(), keep=config.keep, epsilon=config.epsilon)
+        text = "the filter does not rank better than MACs alone: training goes on with `balanced`"
+        if config.filter_refreshes == 0:
+            job.run.log("note", text=text)
+            return Balanced(space)
+        job.run.log("note", text=f"{text}, until the filter of a refresh does")
+        return Deferred(space, functools.partial(filtered_sampler, job))
+    return filtered_sampler(job, job.load_filter())
 
 
 def equal_steps(
     schedule: str, cost: CostModel, sampler: Sampler, sandwich_steps: int, *, distill: bool
 ) -> int:
     """Steps that execute the MACs of `sandwich_steps` sandwich steps with balanced paths."""
-    if schedule == "sandwich" and type(sampler) is Balanced:
+    if schedule == "sandwich" and type(sampler) in (Balanced, Deferred):
         return sandwich_steps
     balanced = Balanced(cost.space).bind(cost)
     return equal_compute_steps(schedule, cost, sampler.bind(cost), balanced, sandwich_steps, distill=distill)
@@ -342,7 +345,7 @@ def _train(
 ) -> None:
     config = job.config
     steps = equal_steps(schedule, job.cost, sampler, sandwich_steps, distill=config.distill_weight != 0)
-    if isinstance(sampler, Filtered):
+    if isinstance(sampler, (Filtered, Deferred)):
         sampler.decay_steps = steps
     train(
         net,
