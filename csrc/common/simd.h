@@ -73,6 +73,15 @@ static PFNAS_INLINE Vec broadcast(float value) {
 #define PFNAS_NATIVE_256 1
 #endif
 
+// Loads once: without, GCC repeats a load as the memory operand of every multiply-add that uses the value.
+static PFNAS_INLINE Vec load_once(const float* p) {
+  Vec v = load(p);
+#if defined(PFNAS_NATIVE_512) || defined(PFNAS_NATIVE_256)
+  __asm__("" : "+v"(v));
+#endif
+  return v;
+}
+
 // num_lanes in [0, kLanes]; the lanes beyond it are read as zero and not written.
 #if defined(PFNAS_NATIVE_512)
 static PFNAS_INLINE __mmask16 lane_mask(int num_lanes) {

@@ -99,6 +99,43 @@ def test_every_tier(kind: str, tier: str) -> None:
         force_cpu_isa(None)
 
 
+@pytest.mark.parametrize("size", [(96, 100), (130, 200), (200, 390), (420, 640)])
+@pytest.mark.parametrize("kind", NETS)
+@torch.no_grad()
+def test_large_maps_run_image_by_image(kind: str, size: tuple[int, int]) -> None:
+    """The larger the images, the more blocks run one image at a time; at 420 x 640 all but the narrowest do."""
+    net = make(kind, backend="reference")
+    twin = copy.deepcopy(net).double()
+    for path in [net.space.max_path(), *random_paths(net, 2, seed=2)]:
+        images = torch.randn(2, 3, *size)
+        expected = reference(net, images, path)
+        assert_close(net.prepare(path)(images), expected, reference(twin, images.double(), path))
+
+
+@pytest.mark.parametrize("tier", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("kind", NETS)
+@torch.no_grad()
+def test_same_bits_on_large_maps(kind: str, tier: str, num_threads: None) -> None:
+    if tier not in supported_cpu_isas():
+        pytest.skip(f"this CPU (or this build) does not run the {tier} tier")
+    net = make(kind)
+    path, images = net.space.max_path(), torch.randn(9, 3, 100, 140)
+    images[4, 1, 50, 70] = math.nan
+    force_cpu_isa(tier)
+    try:
+        alone = [flat(net.prepare(path)(image[None])) for image in images]
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            _C.poison_thread_scratch()
+            for i, value in enumerate(flat(net.prepare(path)(images))):
+                for image in (0, 1, 2, 3, 5, 6, 7, 8):
+                    assert torch.equal(value[image], alone[image][i][0])
+                    assert not value[image].isnan().any()
+                assert value[4].isnan().any()
+    finally:
+        force_cpu_isa(None)
+
+
 @pytest.mark.parametrize("kind", NETS)
 @torch.no_grad()
 def test_statistics_of_a_path(kind: str) -> None:

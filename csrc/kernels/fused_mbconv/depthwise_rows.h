@@ -61,7 +61,7 @@ static PFNAS_INLINE void depthwise_tap_row(const float* in, const float* filter,
   Vec taps[K];
   PFNAS_UNROLL for (int s = 0; s < K; ++s) taps[s] = load(filter + s * kFilterBlock);
   PFNAS_UNROLL for (int x = 0; x < kColumns; ++x) {
-    const Vec value = load(in + x * kLanes);
+    const Vec value = load_once(in + x * kLanes);
     PFNAS_UNROLL for (int s = 0; s < K; ++s) {
       const int shifted = x + kPad - s;
       if (shifted >= 0 && shifted % S == 0 && shifted / S < kWidth) sums[shifted / S] += value * taps[s];

@@ -15,21 +15,39 @@ struct Map {
   Map strided(int stride) const { return {(height + stride - 1) / stride, (width + stride - 1) / stride}; }
 };
 
-// Sizes of the arena's parts, in floats, for a group of `count` images.
+// Blocks on maps as large as this are run image by image (floats of one image's input).
+constexpr std::int64_t kLargeMapFloats = 32 * 1024;
+
+// Of the blocks, the first so many run on large maps.
+static inline int count_front_blocks(const SubnetParams& p) {
+  Map map = Map{p.height, p.width}.strided(2);
+  int b = 0;
+  for (; b < p.num_blocks; ++b) {
+    if (map.pixels() * p.blocks[b].block.x_stride < kLargeMapFloats) break;
+    map = map.strided(p.blocks[b].block.stride);
+  }
+  return b;
+}
+
+// Sizes of the arena's parts, in floats, for a group of `count` images. The stem and the first `num_front`
+// blocks run image by image.
 struct Layout {
+  int num_front;
   Map taps[kMaxLevels];
   std::int64_t tap_size[kMaxLevels] = {};
   Map last;                     // the last block's output
-  std::int64_t turn_size = 0;   // each of the two buffers
+  std::int64_t front_size = 0;  // each of two buffers for the tensors between front blocks, of one image
+  std::int64_t turn_size = 0;   // each of the two buffers for the tensors of all images
   std::int64_t level_size = 0;  // each of the head's two buffers: the finest level
   std::int64_t pyramid_size[kMaxLevels] = {};
   std::int64_t total = 0;
   double flops = 0;
 
-  Layout(const SubnetParams& p, std::int64_t count) {
+  Layout(const SubnetParams& p, std::int64_t count, int num_front_blocks) : num_front(num_front_blocks) {
     Map map = Map{p.height, p.width}.strided(2);
-    turn_size = count * map.pixels() * p.stem.out_channels;
-    flops = 2.0 * kStemTaps * static_cast<double>(turn_size);
+    const std::int64_t stem_size = map.pixels() * p.stem.out_channels;
+    (num_front > 0 ? front_size : turn_size) = (num_front > 0 ? 1 : count) * stem_size;
+    flops = 2.0 * kStemTaps * static_cast<double>(count * stem_size);
     for (int b = 0; b < p.num_blocks; ++b) {
       const FusedMBConvParams& block = p.blocks[b].block;
       const double expand = static_cast<double>(map.pixels() * block.in_channels);
@@ -41,10 +59,14 @@ struct Layout {
         taps[p.blocks[b].tap] = map;
         tap_size[p.blocks[b].tap] = size;
       }
-      turn_size = max_of(turn_size, size);
+      if (b + 1 < num_front) {
+        front_size = max_of(front_size, size / count);
+      } else {
+        turn_size = max_of(turn_size, size);
+      }
     }
     last = map;
-    total = 2 * turn_size;
+    total = 2 * front_size + 2 * turn_size;
     for (int level = 0; level < p.num_levels; ++level) {
       pyramid_size[level] = count * taps[level].pixels() * p.neck_channels;
       level_size = max_of(level_size, pyramid_size[level]);
@@ -52,7 +74,7 @@ struct Layout {
     }
     total += 2 * level_size;
     if (p.num_levels == 0) {
-      total += count * (last.pixels() + 1) * p.feature.out_channels + count * p.hidden.out_channels;
+      total += count * last.pixels() * p.feature.out_channels;
     }
   }
 };

@@ -359,7 +359,7 @@ void calibrate_feature(const Run& run, const Layout& layout, Arena& arena, const
 
 void calibrate(const CalibrationParams& call) {
   const SubnetParams& p = call.net;
-  const Layout layout(p, p.batch);
+  const Layout layout(p, p.batch, 0);
   const Sizes sizes(p, layout);
   const std::int64_t total =
       layout.total + sizes.depth + sizes.table_floats() + sizes.feature + sizes.stem_affine;

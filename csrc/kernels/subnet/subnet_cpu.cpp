@@ -8,6 +8,7 @@
 // own. Groups are small enough for the tensors to stay in L2 or L3 and large enough for weights to be read
 // rarely. With one group, the layers themselves share their work out to threads.
 #include "common/check.h"
+#include "common/panels.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/simd.h"
@@ -48,15 +49,70 @@ void run_block(const SubnetBlock& step, std::int64_t count, Map in, const float*
   fused_mbconv(block);
 }
 
-const float* run_backbone(const Group& group, Arena& arena, const float** taps) {
-  return walk_backbone(
-      group.p, group.layout, arena, taps, [&](float* y) { run_stem(group.p, group.first, group.count, y); },
-      [&](const SubnetBlock& step, Map map, const float* x, float* y) {
-        run_block(step, group.count, map, x, y);
-      });
+// Two buffers between which tensors alternate.
+struct Turns {
+  float* buffers[2];
+  int next = 0;
+
+  float* take() {
+    next = 1 - next;
+    return buffers[1 - next];
+  }
+  // Where the output of `step` goes. A block that adds its input writes over it: every row is read before its
+  // place is written. (A tap is in neither buffer.)
+  float* output_of(const SubnetBlock& step, float* x) {
+    const bool fits = step.has_residual && step.block.x_stride == step.block.out_channels;
+    return fits && (x == buffers[0] || x == buffers[1]) ? x : take();
+  }
+};
+
+// One image through the stem and the blocks on large maps, so that a tensor is still in L2 when the next
+// block reads it. `last` is where the last of these layers writes, for the whole group, as `taps` are.
+void run_front(const Group& group, std::int64_t image, float* const* taps, Turns turns, float* last) {
+  const Params& p = group.p;
+  const int num_front = group.layout.num_front;
+  Map map = Map{p.height, p.width}.strided(2);
+  float* x = num_front > 0 ? turns.take() : last + image * map.pixels() * p.stem.out_channels;
+  run_stem(p, group.first + image, 1, x);
+  for (int b = 0; b < num_front; ++b) {
+    const SubnetBlock& step = p.blocks[b];
+    const Map out = map.strided(step.block.stride);
+    const bool is_kept = step.tap >= 0 || b + 1 == num_front;
+    float* y = step.tap >= 0 ? taps[step.tap] : last;
+    y = is_kept ? y + image * out.pixels() * step.block.out_channels : turns.output_of(step, x);
+    run_block(step, 1, map, x, y);
+    map = out;
+    x = y;
+  }
 }
 
-void run_neck(const Group& group, Arena& arena, const float* const* taps, float** pyramid) {
+const float* run_backbone(const Group& group, Arena& arena, float** taps) {
+  const Params& p = group.p;
+  const Layout& layout = group.layout;
+  const int num_front = layout.num_front;
+  const Turns front{{arena.take(layout.front_size), arena.take(layout.front_size)}};
+  Turns turns{{arena.take(layout.turn_size), arena.take(layout.turn_size)}};
+  for (int b = 0; b < p.num_blocks; ++b) {
+    const int tap = p.blocks[b].tap;
+    if (tap >= 0) taps[tap] = arena.take(layout.tap_size[tap]);
+  }
+  const int front_tap = num_front > 0 ? p.blocks[num_front - 1].tap : -1;
+  float* x = front_tap >= 0 ? taps[front_tap] : turns.take();
+  for (std::int64_t image = 0; image < group.count; ++image) run_front(group, image, taps, front, x);
+  Map map = Map{p.height, p.width}.strided(2);
+  for (int b = 0; b < p.num_blocks; ++b) {
+    const SubnetBlock& step = p.blocks[b];
+    if (b >= num_front) {
+      float* y = step.tap >= 0 ? taps[step.tap] : turns.output_of(step, x);
+      run_block(step, group.count, map, x, y);
+      x = y;
+    }
+    map = map.strided(step.block.stride);
+  }
+  return x;
+}
+
+void run_neck(const Group& group, Arena& arena, float* const* taps, float** pyramid) {
   const Params& p = group.p;
   for (int level = p.num_levels - 1; level >= 0; --level) {
     const Map map = group.layout.taps[level];
@@ -122,23 +178,39 @@ void run_dense(DynamicPointwiseConvParams layer, std::int64_t num_pixels, const 
   dynamic_pointwise_conv(layer);
 }
 
-void run_classifier(const Group& group, Arena& arena, const float* x) {
+void run_feature(const Group& group, Arena& arena, const float* x, float* pooled) {
   const Params& p = group.p;
   const std::int64_t pixels = group.layout.last.pixels(), channels = p.feature.out_channels;
   float* feature = arena.take(group.count * pixels * channels);
-  float* pooled = arena.take(group.count * channels);
-  float* hidden = arena.take(group.count * p.hidden.out_channels);
   run_dense(p.feature, group.count * pixels, x, feature);
-  pool(group.count, pixels, channels, feature, pooled);
-  run_dense(p.hidden, group.count, pooled, hidden);
-  run_dense(p.classifier, group.count, hidden, p.logits + group.first * p.classifier.out_channels);
+  pool(group.count, pixels, channels, feature, pooled + group.first * channels);
 }
 
-void run_group(const Group& group) {
+// As run_dense; threads share out the outputs, of which each reads its own weights.
+void run_dense_by_outputs(const DynamicPointwiseConvParams& layer, std::int64_t batch, const float* x,
+                          float* y) {
+  const double flops = 2.0 * static_cast<double>(batch * layer.in_channels * layer.out_channels);
+  parallel_for(num_panels(layer.out_channels), flops, [&](std::int64_t panel) {
+    const std::int64_t first = panel * kPanelWidth;
+    DynamicPointwiseConvParams part = layer;
+    part.num_pixels = batch;
+    part.x = x;
+    part.y = y + first;
+    part.y_stride = layer.out_channels;
+    part.panels += panel * layer.max_in_channels * kPanelWidth;
+    part.out_channels = min_of<std::int64_t>(kPanelWidth, layer.out_channels - first);
+    if (layer.scale != nullptr) part.scale += first;
+    if (layer.shift != nullptr) part.shift += first;
+    dynamic_pointwise_conv(part);
+  });
+}
+
+// `pooled`: [batch of the call][channels], what is left of a classifier's images.
+void run_group(const Group& group, float* pooled) {
   Arena arena{thread_scratch(Scratch::kCall, static_cast<std::size_t>(group.layout.total))};
-  const float* taps[kMaxLevels] = {};
+  float* taps[kMaxLevels] = {};
   const float* last = run_backbone(group, arena, taps);
-  if (group.p.num_levels == 0) return run_classifier(group, arena, last);
+  if (group.p.num_levels == 0) return run_feature(group, arena, last, pooled);
   float* pyramid[kMaxLevels] = {};
   run_neck(group, arena, taps, pyramid);
   run_head(group, arena, pyramid);
@@ -149,16 +221,27 @@ void run_group(const Group& group) {
 void subnet(const Params& p) {
   const std::int64_t per_thread = ceil_div(p.batch, max_threads());
   const std::int64_t per_group = max_of<std::int64_t>(1, min_of(kImagesPerGroup, per_thread));
-  const Layout layout(p, per_group);
+  const Layout layout(p, per_group, count_front_blocks(p));
   std::int64_t num_locations = 0;
   for (int level = 0; level < p.num_levels; ++level) num_locations += layout.taps[level].pixels();
   PFNAS_CHECK(num_locations == p.num_locations);
   const std::int64_t num_groups = ceil_div(p.batch, per_group);
+  // The dense layers behind the pool read millions of weights for few images: once for all groups.
+  const bool is_classifier = p.num_levels == 0;
+  const std::int64_t per_image = is_classifier ? p.feature.out_channels + p.hidden.out_channels : 0;
+  // One thread's arena, and behind it what the groups leave; their own request for an arena moves nothing.
+  float* pooled =
+      thread_scratch(Scratch::kCall, static_cast<std::size_t>(layout.total + p.batch * per_image)) +
+      layout.total;
   parallel_for(num_groups, layout.flops * static_cast<double>(num_groups), [&](std::int64_t item) {
     const std::int64_t first = item * per_group;
     const std::int64_t count = min_of(per_group, p.batch - first);
-    run_group({p, layout, first, count});
+    run_group({p, layout, first, count}, pooled);
   });
+  if (!is_classifier) return;
+  float* hidden = pooled + p.batch * p.feature.out_channels;
+  run_dense_by_outputs(p.hidden, p.batch, pooled, hidden);
+  run_dense_by_outputs(p.classifier, p.batch, hidden, p.logits);
 }
 
 }  // namespace pfnas::PFNAS_TIER
