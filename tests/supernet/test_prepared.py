@@ -103,7 +103,7 @@ def test_every_tier(kind: str, tier: str) -> None:
 @pytest.mark.parametrize("kind", NETS)
 @torch.no_grad()
 def test_large_maps_run_image_by_image(kind: str, size: tuple[int, int]) -> None:
-    """The larger the images, the more blocks run one image at a time; at 420 x 640 all but the narrowest do."""
+    """The larger the images, the more blocks run one image at a time; at 420 x 640 nearly all do."""
     net = make(kind, backend="reference")
     twin = copy.deepcopy(net).double()
     for path in [net.space.max_path(), *random_paths(net, 2, seed=2)]:
