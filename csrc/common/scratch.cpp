@@ -23,6 +23,7 @@ std::atomic<unsigned> num_releases{0};
 struct Buffer {
   float* data = nullptr;
   std::size_t count = 0;
+  unsigned seen_releases = 0;
 
   ~Buffer() { release(); }
   void release() {
@@ -30,6 +31,12 @@ struct Buffer {
     total_bytes.fetch_sub(count * sizeof(float), std::memory_order_relaxed);
     data = nullptr;
     count = 0;
+  }
+  // Memory of another thread cannot be freed from there: each buffer is freed when it is next asked for.
+  void obey_release() {
+    const unsigned asked = num_releases.load(std::memory_order_relaxed);
+    if (asked != seen_releases) release();
+    seen_releases = asked;
   }
   float* reserve(std::size_t wanted) {
     if (wanted > count) {
@@ -47,16 +54,7 @@ struct Buffer {
 };
 
 struct ThreadBuffers {
-  Buffer by_purpose[2];
-  unsigned seen_releases = 0;
-
-  // Memory of another thread cannot be freed from here: each thread frees its own when it next asks.
-  void obey_release() {
-    const unsigned wanted = num_releases.load(std::memory_order_relaxed);
-    if (wanted == seen_releases) return;
-    seen_releases = wanted;
-    for (Buffer& buffer : by_purpose) buffer.release();
-  }
+  Buffer by_purpose[3];
 };
 
 thread_local ThreadBuffers buffers;
@@ -64,15 +62,16 @@ thread_local ThreadBuffers buffers;
 }  // namespace
 
 float* thread_scratch(Scratch purpose, std::size_t count) {
-  buffers.obey_release();
-  return buffers.by_purpose[static_cast<int>(purpose)].reserve(count);
+  Buffer& buffer = buffers.by_purpose[static_cast<int>(purpose)];
+  buffer.obey_release();
+  return buffer.reserve(count);
 }
 
 std::size_t scratch_bytes() { return total_bytes.load(std::memory_order_relaxed); }
 
 void release_scratch() {
   num_releases.fetch_add(1, std::memory_order_relaxed);
-  buffers.obey_release();
+  for (Buffer& buffer : buffers.by_purpose) buffer.obey_release();
 }
 
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_t num_bytes) {

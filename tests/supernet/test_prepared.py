@@ -17,6 +17,7 @@ from pfnas_fast import _C
 from pfnas_fast._system import force_cpu_isa, supported_cpu_isas
 from pfnas_fast.detection import DetectionSupernet, DetectorOutput
 from pfnas_fast.errors import InputError
+from pfnas_fast.ops import release_memory
 from pfnas_fast.space import Path, load_space, uniform_population
 from pfnas_fast.supernet import ClassificationSupernet, recalibrate, use_statistics
 
@@ -249,6 +250,21 @@ def test_two_threads_run_two_paths_of_one_net() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@torch.no_grad()
+def test_memory_may_be_released_while_another_thread_computes() -> None:
+    """What a call uses stays until the thread asks for it again, not only until it asks for anything."""
+    net = make("classifier")
+    images = torch.randn(2, 3, 96, 96)
+    subnet = net.prepare(net.space.max_path())
+    expected, results = subnet(images), []
+    thread = threading.Thread(target=lambda: results.extend(subnet(images) for _ in range(30)))
+    thread.start()
+    while thread.is_alive():
+        release_memory()
+    assert len(results) == 30
+    assert all(torch.equal(result, expected) for result in results)
 
 
 @pytest.fixture

@@ -229,10 +229,7 @@ void subnet(const Params& p) {
   // The dense layers behind the pool read millions of weights for few images: once for all groups.
   const bool is_classifier = p.num_levels == 0;
   const std::int64_t per_image = is_classifier ? p.feature.out_channels + p.hidden.out_channels : 0;
-  // One thread's arena, and behind it what the groups leave; their own request for an arena moves nothing.
-  float* pooled =
-      thread_scratch(Scratch::kCall, static_cast<std::size_t>(layout.total + p.batch * per_image)) +
-      layout.total;
+  float* pooled = thread_scratch(Scratch::kResult, static_cast<std::size_t>(p.batch * per_image));
   parallel_for(num_groups, layout.flops * static_cast<double>(num_groups), [&](std::int64_t item) {
     const std::int64_t first = item * per_group;
     const std::int64_t count = min_of(per_group, p.batch - first);
