@@ -3,7 +3,6 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <cstring>
 
 #include "bindings/ops.h"
 #include "bindings/tensor_arg.h"
@@ -168,25 +167,26 @@ void set_kept(TrainMBConvParams& p, const py::tuple& kept) {
   p.gate = dense(kept[kGate], "gate", mid * p.batch);
 }
 
-// Gradients arrive uninitialised. The kernels write the part in use, or add to it (`adds`); the rest is zero.
-float* dense_gradient(py::handle object, const char* argument, std::int64_t count, bool adds = false) {
-  float* data = dense(object, argument, count);
-  const std::int64_t from = adds ? 0 : count;
-  std::memset(data + from, 0,
-              static_cast<std::size_t>(view_floats(object, argument).numel() - from) * sizeof(float));
+// Gradients arrive uninitialised: what the kernels do not write is noted for clear_unwritten.
+float* dense_gradient(TrainMBConvParams& p, py::handle object, std::int64_t count) {
+  float* data = dense(object, "gradient", count);
+  p.note_gradient({data, 1, count, count, view_floats(object, "gradient").numel()});
   return data;
 }
 
-float* weight_gradient(py::handle object, std::int64_t rows, std::int64_t columns, std::int64_t stride) {
+// One that the kernels add to.
+float* summed_gradient(TrainMBConvParams& p, py::handle object, std::int64_t count) {
+  float* data = dense(object, "gradient", count);
+  p.note_gradient({data, 0, 0, 0, view_floats(object, "gradient").numel()});
+  return data;
+}
+
+float* weight_gradient(TrainMBConvParams& p, py::handle object, std::int64_t rows, std::int64_t columns,
+                       std::int64_t stride) {
   const float* data = nullptr;
   PFNAS_CHECK(weight(object, "gradient", rows, columns, &data) == stride);
   auto* grad = const_cast<float*>(data);
-  const auto unused = static_cast<std::size_t>(stride - columns) * sizeof(float);
-  for (std::int64_t row = 0; unused > 0 && row < rows; ++row)
-    std::memset(grad + row * stride + columns, 0, unused);
-  const std::int64_t from = rows * stride;
-  std::memset(grad + from, 0,
-              static_cast<std::size_t>(view_floats(object, "gradient").numel() - from) * sizeof(float));
+  p.note_gradient({grad, rows, columns, stride, view_floats(object, "gradient").numel()});
   return grad;
 }
 
@@ -196,27 +196,26 @@ void set_gradients(TrainMBConvParams& p, const py::tuple& grads) {
     p.grad_x = activation(grads[kX], "grad_x", {p.batch, p.in_channels, p.height, p.width});
   }
   if (p.has_expand()) {
-    p.grad_expand = weight_gradient(grads[kExpandWeight], p.mid_channels, p.in_channels, p.expand_stride);
+    p.grad_expand = weight_gradient(p, grads[kExpandWeight], p.mid_channels, p.in_channels, p.expand_stride);
   }
-  p.grad_bank =
-      dense_gradient(grads[kBank], "grad_bank", p.mid_channels * p.max_kernel_size * p.max_kernel_size, true);
-  if (p.matrix_5 != nullptr)
-    p.grad_matrix_5 = dense_gradient(grads[kMatrix5], "grad_matrix_5", 25 * 25, true);
-  if (p.matrix_3 != nullptr) p.grad_matrix_3 = dense_gradient(grads[kMatrix3], "grad_matrix_3", 9 * 9, true);
-  p.grad_project = weight_gradient(grads[kProjectWeight], p.out_channels, p.mid_channels, p.project_stride);
+  p.grad_bank = summed_gradient(p, grads[kBank], p.mid_channels * p.max_kernel_size * p.max_kernel_size);
+  if (p.matrix_5 != nullptr) p.grad_matrix_5 = summed_gradient(p, grads[kMatrix5], 25 * 25);
+  if (p.matrix_3 != nullptr) p.grad_matrix_3 = summed_gradient(p, grads[kMatrix3], 9 * 9);
+  p.grad_project =
+      weight_gradient(p, grads[kProjectWeight], p.out_channels, p.mid_channels, p.project_stride);
   for (std::size_t stage = 0; stage < 3; ++stage) {
     if (p.gamma[stage] == nullptr) continue;
     const std::int64_t channels = stage == kProjectStage ? p.out_channels : p.mid_channels;
-    p.grad_gamma[stage] = dense_gradient(grads[kNorms + 2 * stage], "grad_gamma", channels);
-    p.grad_beta[stage] = dense_gradient(grads[kNorms + 2 * stage + 1], "grad_beta", channels);
+    p.grad_gamma[stage] = dense_gradient(p, grads[kNorms + 2 * stage], channels);
+    p.grad_beta[stage] = dense_gradient(p, grads[kNorms + 2 * stage + 1], channels);
   }
   if (!p.has_se()) return;
   p.grad_se_reduce_weight =
-      weight_gradient(grads[kSeReduceWeight], p.se_channels, p.mid_channels, p.se_reduce_stride);
-  p.grad_se_reduce_bias = dense_gradient(grads[kSeReduceBias], "grad_se_reduce_bias", p.se_channels);
+      weight_gradient(p, grads[kSeReduceWeight], p.se_channels, p.mid_channels, p.se_reduce_stride);
+  p.grad_se_reduce_bias = dense_gradient(p, grads[kSeReduceBias], p.se_channels);
   p.grad_se_expand_weight =
-      weight_gradient(grads[kSeExpandWeight], p.mid_channels, p.se_channels, p.se_expand_stride);
-  p.grad_se_expand_bias = dense_gradient(grads[kSeExpandBias], "grad_se_expand_bias", p.mid_channels);
+      weight_gradient(p, grads[kSeExpandWeight], p.mid_channels, p.se_channels, p.se_expand_stride);
+  p.grad_se_expand_bias = dense_gradient(p, grads[kSeExpandBias], p.mid_channels);
 }
 
 TrainMBConvParams make_params(const py::tuple& inputs, const py::tuple& kept, const Sizes& sizes) {
@@ -252,6 +251,7 @@ void backward(py::handle grad_y, const py::tuple& inputs, const py::tuple& kept,
   set_gradients(p, gradients);
   const auto kernel = select_train_mbconv_kernel(active_isa());
   const py::gil_scoped_release released;
+  clear_unwritten(p);
   kernel.backward(p);
 }
 

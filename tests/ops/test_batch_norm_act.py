@@ -153,3 +153,22 @@ def test_mistakes_are_named() -> None:
         batch_norm_act(x[:1, :, :1, :1], gamma, beta)
     with pytest.raises(TypeError, match="expected float32 for x, got float64"):
         batch_norm_act(x.double(), gamma, beta)
+
+
+def test_lazily_negated_and_zero_tensors() -> None:
+    """Their memory holds other numbers, or none: only the dispatcher makes tensors of them."""
+    x, gamma, beta = (leaf.detach() for leaf in make(CASES[0]))
+    make_lazy: Any = torch
+    expected, _ = batch_norm_act(x, -gamma, beta)
+    assert torch.equal(batch_norm_act(x, make_lazy._neg_view(gamma), beta)[0], expected)
+    zero, _ = batch_norm_act(x, make_lazy._efficientzerotensor(gamma.shape), beta)
+    assert torch.equal(zero, batch_norm_act(x, torch.zeros_like(gamma), beta)[0])
+
+
+def test_a_profiler_sees_the_op_and_its_derivative() -> None:
+    leaves = make(CASES[0])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        batch_norm_act(*leaves)[0].sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"pfnas_fast::batch_norm_act", "pfnas_fast::batch_norm_act_backward"} <= names
+    assert any("batch_norm_act_derivative" in name for name in names)

@@ -14,6 +14,7 @@ from toy_settings import TOY_SETTINGS
 
 import pfnas_fast as pf
 from pfnas_fast.run.job import open_job, run_all, run_stage, stage_names
+from pfnas_fast.train.optimizer import learning_rate_at
 
 SETTINGS = [
     *TOY_SETTINGS,
@@ -92,6 +93,18 @@ def test_other_strategies_run(
     ran: list[bool] = []
     run_all(job, on_stage=lambda name, did: ran.append(did))
     assert not any(ran)
+
+
+def test_joint_rate_curve(toy_detection: Path, toy_classification: Path, tmp_path: Path) -> None:
+    settings = ("rate_curve=joint", "warmup_steps=10", "train_steps=10")
+    job = open_job(tmp_path / "run", _config(toy_detection, toy_classification, *settings))
+    for stage in ("pretrain", "transfer", "warmup", "label", "filter", "prune", "train"):
+        run_stage(job, stage)
+    steps = job.run.read_log("step")
+    peak = job.config.learning_rate
+    assert [s["learning_rate"] for s in steps if s["stage"] == "warmup"] == [peak]  # its tenth step
+    last = [s for s in steps if s["stage"] == "train"][-1]
+    assert last["learning_rate"] == learning_rate_at(9 + last["step"], 10 + last["step"], peak)
 
 
 def test_killed_while_training_ends_like_an_uninterrupted_run(

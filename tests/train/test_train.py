@@ -99,11 +99,20 @@ def test_successive_calls_on_one_run_have_checkpoints_of_their_own(
     assert [run.load(stage)["step"] for stage in ("train", "train-2")] == [2, 3]
 
 
-def test_two_calls_share_a_curve_of_the_learning_rate(toy_detection: Path, tmp_path: Path) -> None:
+def test_two_calls_share_the_curves_of_one_training(
+    toy_detection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = importlib.import_module("pfnas_fast.train.engine")
+    teacher_at, kinds = engine._teacher_at, []
+    monkeypatch.setattr(
+        engine, "_teacher_at", lambda *args: kinds.append(teacher_at(*args).kind) or teacher_at(*args)
+    )
     data, run, net = pf.load_detection(toy_detection), pf.Run(tmp_path), _net()
     _train(net, data, run, steps=2, stage="first", steps_after=4)
     _train(net, data, run, steps=4, stage="second", steps_before=2)
+    assert kinds == ["none"] * 2 + ["largest"] * 4  # distillation starts after a fifth of all six steps
     _train(_net(), data, run, steps=6, stage="whole")
+    assert kinds[6:] == kinds[:6]
     lines = [json.loads(line) for line in run.path("log.jsonl").read_text().splitlines()]
     first, second, whole = (
         [line["learning_rate"] for line in lines if line["event"] == "step" and line["stage"] == stage]

@@ -6,7 +6,7 @@
 //
 // A group's tensors lie in one arena: the backbone alternates between two buffers, tapped outputs have their
 // own. Groups are small enough for the tensors to stay in L2 or L3 and large enough for weights to be read
-// rarely. With one group, the layers themselves share their work out to threads.
+// rarely. With one group, blocks share its images out to threads, 1x1 and dense layers pixels or outputs.
 #include "common/check.h"
 #include "common/panels.h"
 #include "common/parallel.h"
@@ -59,7 +59,7 @@ struct Turns {
     return buffers[1 - next];
   }
   // Where the output of `step` goes. A block that adds its input writes over it: every row is read before its
-  // place is written. (A tap is in neither buffer.)
+  // place is written, as one thread does a whole image. (A tap is in neither buffer.)
   float* output_of(const SubnetBlock& step, float* x) {
     const bool fits = step.has_residual && step.block.x_stride == step.block.out_channels;
     return fits && (x == buffers[0] || x == buffers[1]) ? x : take();

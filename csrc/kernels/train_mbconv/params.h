@@ -15,6 +15,13 @@ namespace pfnas {
 
 constexpr int kExpandStage = 0, kDepthStage = 1, kProjectStage = 2;
 
+// Of an array of `size` floats the kernels write `columns` floats of each of the first `rows` rows.
+struct WrittenPart {
+  float* data = nullptr;
+  std::int64_t rows = 0, columns = 0, stride = 0, size = 0;
+};
+constexpr int kMaxGradients = 15;
+
 struct TrainMBConvParams {
   std::int64_t batch = 0;         // N
   std::int64_t in_channels = 0;   // Ci
@@ -65,8 +72,8 @@ struct TrainMBConvParams {
   float* hidden = nullptr;     // [R / 16][N][16] after its ReLU
   float* gate = nullptr;       // [Ce / 16][N][16] in [0, 1]
 
-  // Backward only. Weight gradients have the full weights' strides; bank and matrices arrive as zeros,
-  // the others are written.
+  // Backward only. Weight gradients have the full weights' strides; the kernels add to those of bank and
+  // matrices and write the others.
   const float* grad_y = nullptr;   // [N, Ho, Wo, Co]
   float* grad_x = nullptr;         // [N, H, W, Ci] or null: not wanted
   float* grad_expand = nullptr;    // as expand_weight
@@ -81,12 +88,20 @@ struct TrainMBConvParams {
   float* grad_se_expand_weight = nullptr;
   float* grad_se_expand_bias = nullptr;
 
+  // All gradients of parameters, for clear_unwritten.
+  WrittenPart gradients[kMaxGradients] = {};
+  int num_gradients = 0;
+
+  void note_gradient(const WrittenPart& gradient) { gradients[num_gradients++] = gradient; }
   std::int64_t in_pixels() const { return batch * height * width; }
   std::int64_t out_pixels() const { return batch * out_height * out_width; }
   bool has_expand() const { return expand_weight != nullptr; }
   bool has_depth_norm() const { return gamma[kDepthStage] != nullptr; }
   bool has_se() const { return se_channels > 0; }
 };
+
+// Clears what backward does not write of the gradients, so that none has to arrive as zeros.
+void clear_unwritten(const TrainMBConvParams& p);
 
 struct TrainMBConvKernel {
   void (*forward)(const TrainMBConvParams&) = nullptr;

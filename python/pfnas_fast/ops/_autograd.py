@@ -23,17 +23,23 @@ _PLAIN_TYPES = (Tensor, nn.Parameter)
 
 
 def _is_plain(arguments: tuple[Any, ...]) -> bool:
-    """Whether a call has no witness: ordinary CPU tensors, no mode, no transform, no tracing, no autocast."""
+    """No witness: ordinary CPU tensors, no mode, transform, tracing, autocast or profiler."""
     if (
         torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
+        or _torch._autograd._profiler_enabled()
         or _torch._len_torch_dispatch_stack()
         or _torch._len_torch_function_stack()
         or _torch._get_tracing_state() is not None
         or _torch._functorch.maybe_current_level() is not None
     ):
         return False
-    return all(type(a) in _PLAIN_TYPES and a.is_cpu for a in arguments if isinstance(a, Tensor))
+    # Negated views and zero tensors hold other numbers than their memory, which only the dispatcher knows.
+    return all(
+        type(a) in _PLAIN_TYPES and a.is_cpu and not (a.is_neg() or a._is_zerotensor())
+        for a in arguments
+        if isinstance(a, Tensor)
+    )
 
 
 class Op:
@@ -73,29 +79,30 @@ class Op:
             ):
                 raise ValueError(f"Op: {name} has a default, a keyword or a list of tensors: {argument.name}")
 
-        class Derivative(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
-                if keyset is None:
-                    result = forward(*arguments)
-                else:
-                    with _BelowAutograd():
-                        result = op.redispatch(keyset & _AFTER_AUTOGRAD, *arguments)
-                setup_context(ctx, arguments, result)
-                return result
+        def run_forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
+            if keyset is None:
+                result = forward(*arguments)
+            else:
+                with _BelowAutograd():
+                    result = op.redispatch(keyset & _AFTER_AUTOGRAD, *arguments)
+            setup_context(ctx, arguments, result)
+            return result
 
-            @staticmethod
-            def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-                needed = ctx.needs_input_grad[1:]
-                arguments = arguments_of_backward(ctx, needed, *grads)
-                if arguments is None:
-                    return (None,) * (1 + len(needed))
-                plain = not torch.is_grad_enabled() and _is_plain(arguments)
-                result = backward(*arguments) if plain else op_backward(*arguments)
-                return None, *gradients(ctx, needed, result)
+        def run_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            needed = ctx.needs_input_grad[1:]
+            arguments = arguments_of_backward(ctx, needed, *grads)
+            if arguments is None:
+                return (None,) * (1 + len(needed))
+            plain = not torch.is_grad_enabled() and _is_plain(arguments)
+            result = backward(*arguments) if plain else op_backward(*arguments)
+            return None, *gradients(ctx, needed, result)
 
-        Derivative.__name__ = f"{name}_derivative"  # what a profiler shows
-        self._forward, self._op, self._derivative = forward, op, Derivative
+        methods = {"forward": staticmethod(run_forward), "backward": staticmethod(run_backward)}
+        derivative: Any = type(
+            f"{name}_derivative", (torch.autograd.Function,), methods
+        )  # a profiler shows it
+
+        self._forward, self._op, self._derivative = forward, op, derivative
         LIBRARY.impl(name, forward, "CPU")
         LIBRARY.impl(f"{name}_backward", backward, "CPU")
         LIBRARY.impl(name, self._differentiate, "Autograd", with_keyset=True)

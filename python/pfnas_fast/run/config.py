@@ -80,7 +80,7 @@ class RunConfig:
     batch_size: int = 8
     optimizer: str = "adamw"
     learning_rate: float = 1e-2
-    rate_curve: str = "stages"  # of the learning rate: S2 and S6 have one each; "joint": one over both
+    rate_curve: str = "stages"  # S2 and S6 each have one, and start to distil anew; "joint": one over both
     weight_decay: float = 0.02
     distill_after: float = 0.2
     distill_weight: float = 1.0

@@ -67,7 +67,7 @@ def read_refreshes(job: Job) -> list[dict[str, Any]]:
 
 
 def filter_in_force(job: Job) -> tuple[PathFilter, str]:
-    """The filter that training ended with, and the file of its thresholds."""
+    """The last accepted filter, or that of S4 where none was, and the file of its thresholds."""
     for entry in reversed(read_refreshes(job)):
         if entry["filter_used"]:
             return job.load_filter(f"filter-{entry['name']}"), _thresholds_file(entry["name"])
@@ -160,7 +160,7 @@ def _judge(job: Job, flt: PathFilter, joined: JoinedLabels) -> dict[str, Any]:
 
 
 def _drift(job: Job, flt: PathFilter, name: str) -> dict[str, float]:
-    """How far the new filter is from the last (used or refused); thresholds are written on the way."""
+    """How far the new filter is from `filter_in_force`; thresholds are written on the way."""
     trial = filtered_sampler(job, filter_in_force(job)[0]).bind(job.cost)
     drift = trial.refresh(flt)
     if isinstance(trial, Filtered):
