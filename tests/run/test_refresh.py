@@ -67,6 +67,30 @@ def _copy(folder: Path, target: Path) -> Job:
     return open_job(target)
 
 
+def _train_with_interruptions(folder: Path, target: Path) -> Job:
+    """Train in a copy, killed three times.
+
+    Among the labels of the refresh; after it, where the last checkpoint is older; where it is newer.
+    """
+    places = (("refresh", 2), ("train", 5), ("train", 7))
+    interrupt = Interrupt(*places)
+    for _ in places:
+        job = open_job(_copy_once(folder, target))
+        job.progress = interrupt
+        with pytest.raises(Interruption):
+            run_stage(job, "train")
+    assert interrupt.places == []
+    job = open_job(target)
+    assert len(job.run.read_log("refresh")) == 1
+    run_stage(job, "train")
+    return job
+
+
+def _same_weights(one: Job, other: Job) -> bool:
+    a, b = (job.run.load("train")["model"] for job in (one, other))
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
 def _without_seconds(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key != "seconds"}
 
@@ -80,20 +104,8 @@ def test_interrupted_around_the_refresh_ends_like_an_uninterrupted_run(
     assert (entry["step"], entry["num_labels"], entry["filter_used"]) == (4, 6, True)
     assert set(entry["drift"]) == {"kept_by_both", "score_tau"}
 
-    # Among its labels; after it, where the last checkpoint is older; and where the last checkpoint is newer.
-    places = (("refresh", 2), ("train", 5), ("train", 7))
-    interrupt = Interrupt(*places)
-    for _ in places:
-        job = open_job(_copy_once(pruned_run, tmp_path / "cut"))
-        job.progress = interrupt
-        with pytest.raises(Interruption):
-            run_stage(job, "train")
-    assert interrupt.places == []
-    assert len(job.run.read_log("refresh")) == 1
-    job = open_job(tmp_path / "cut")
-    run_stage(job, "train")
-    ends = [torch.load(tmp_path / name / "checkpoints" / "train.pt")["model"] for name in ("whole", "cut")]
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    job = _train_with_interruptions(pruned_run, tmp_path / "cut")
+    assert _same_weights(whole, job)
     assert _without_seconds(read_refreshes(job)[0]) == _without_seconds(entry)
     for name in ("refresh.csv", "relabels.csv", "filter/drift.json", "filter/refresh_thresholds.json"):
         assert job.run.path(name).read_text() == whole.run.path(name).read_text(), name
@@ -208,17 +220,8 @@ def test_a_refresh_switches_a_run_over_whose_filter_was_refused(
     assert filter_verdict(whole) == (True, "S4 saw too little; used from step 4 on: judged True")
     assert filter_in_force(whole)[1] == "filter/refresh_thresholds.json"
 
-    places = (("refresh", 2), ("train", 5), ("train", 7))
-    interrupt = Interrupt(*places)
-    for _ in places:
-        job = open_job(_copy_once(refused_run, tmp_path / "cut"))
-        job.progress = interrupt
-        with pytest.raises(Interruption):
-            run_stage(job, "train")
-    job = open_job(tmp_path / "cut")
-    run_stage(job, "train")
-    ends = [torch.load(tmp_path / name / "checkpoints" / "train.pt")["model"] for name in ("whole", "cut")]
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    job = _train_with_interruptions(refused_run, tmp_path / "cut")
+    assert _same_weights(whole, job)
     assert _without_seconds(read_refreshes(job)[0]) == _without_seconds(entry)
 
     # A resumed sampler draws what the sampler of the new filter draws, and explores as late as that does.
