@@ -125,13 +125,12 @@ def classification_accuracy(
     canvas = net.space.canvas(path.resolution)
     calib = data.train.subset(range(min(num_calib, len(data.train))))
     batches = EvalImages(calib, canvas, fit="crop").batches(_EVAL_BATCH)
-    backend = net.backbone.backend
-    statistics = recalibrate(net, path, (model_input(net, backend, batch) for batch in batches))
+    statistics = recalibrate(net, path, (model_input(net, batch) for batch in batches))
     labels = torch.as_tensor(data.val.labels)
     predicted = []
     with use_statistics(net, statistics):
         for batch in EvalImages(data.val, canvas, fit="crop").batches(_EVAL_BATCH):
-            predicted.append(net(model_input(net, backend, batch), path).argmax(1).cpu())
+            predicted.append(net(model_input(net, batch), path).argmax(1).cpu())
     return float((torch.cat(predicted) == labels).float().mean())
 
 

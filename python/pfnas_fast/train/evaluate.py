@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from pfnas_fast.data import DetectionDataset, EvalImages, Evaluator, Matches, Target, normalize
 from pfnas_fast.detection import (
@@ -18,7 +17,7 @@ from pfnas_fast.detection import (
 )
 from pfnas_fast.errors import InputError
 from pfnas_fast.space import Path
-from pfnas_fast.supernet import BNStatistics, recalibrate, use_statistics
+from pfnas_fast.supernet import BNStatistics, ClassificationSupernet, recalibrate, use_statistics
 
 
 class PathEvaluator:
@@ -77,7 +76,7 @@ class PathEvaluator:
         """BatchNorm statistics of `path`, pooled over the calibration images (float32 [C] each)."""
         if path not in self._statistics:
             images = self._cached("calib", self.calib, path.resolution)
-            batches = (self._to_input(batch) for batch in images.batches(self.batch_size))
+            batches = (model_input(self.net, batch) for batch in images.batches(self.batch_size))
             self._statistics[path] = recalibrate(self.net, path, batches)
             self.macs_t += self.net.cost.path_macs_m(path) * len(self.calib) / 1e6
         return self._statistics[path]
@@ -95,7 +94,7 @@ class PathEvaluator:
         losses: tuple[list[float], list[float]] = ([], [])
         with use_statistics(self.net, self.statistics(path)):
             for batch in images.batches(self.batch_size):
-                output = self.net(self._to_input(batch), path)
+                output = self.net(model_input(self.net, batch), path)
                 start = len(detections)
                 found = postprocess(output)
                 detections += [
@@ -149,18 +148,15 @@ class PathEvaluator:
             self._images[key] = EvalImages(dataset, self.net.space.canvas(resolution))
         return self._images[key]
 
-    def _to_input(self, images: torch.Tensor) -> torch.Tensor:
-        return model_input(self.net, self.net.backbone.backend, images)
-
     def _target(self, index: int, images: EvalImages) -> Target:
         target, scale = self.dataset.target(index), images.scales[index]
         return Target(target.boxes * scale, target.labels, target.ignore_boxes * scale)
 
 
-def model_input(net: nn.Module, backend: str, images: torch.Tensor) -> torch.Tensor:
+def model_input(net: DetectionSupernet | ClassificationSupernet, images: torch.Tensor) -> torch.Tensor:
     """uint8 images [N, 3, H, W] as `net` wants them in evaluation: on its device, in its fastest layout."""
     device = next(net.parameters()).device
-    is_compiled = device.type == "cpu" and backend == "fast"
+    is_compiled = device.type == "cpu" and net.backbone.backend == "fast"
     layout = torch.contiguous_format if is_compiled else torch.channels_last
     return normalize(images.to(device), memory_format=layout)
 
