@@ -76,7 +76,7 @@ class PathEvaluator:
         """BatchNorm statistics of `path`, pooled over the calibration images (float32 [C] each)."""
         if path not in self._statistics:
             images = self._cached("calib", self.calib, path.resolution)
-            batches = (model_input(self.net, batch) for batch in images.batches(self.batch_size))
+            batches = (self._to_input(batch) for batch in images.batches(self.batch_size))
             self._statistics[path] = recalibrate(self.net, path, batches)
             self.macs_t += self.net.cost.path_macs_m(path) * len(self.calib) / 1e6
         return self._statistics[path]
@@ -94,7 +94,7 @@ class PathEvaluator:
         losses: tuple[list[float], list[float]] = ([], [])
         with use_statistics(self.net, self.statistics(path)):
             for batch in images.batches(self.batch_size):
-                output = self.net(model_input(self.net, batch), path)
+                output = self.net(self._to_input(batch), path)
                 start = len(detections)
                 found = postprocess(output)
                 detections += [
@@ -147,6 +147,9 @@ class PathEvaluator:
         if key not in self._images:
             self._images[key] = EvalImages(dataset, self.net.space.canvas(resolution))
         return self._images[key]
+
+    def _to_input(self, images: torch.Tensor) -> torch.Tensor:
+        return model_input(self.net, images)
 
     def _target(self, index: int, images: EvalImages) -> Target:
         target, scale = self.dataset.target(index), images.scales[index]
